@@ -1,0 +1,74 @@
+"""`python -m ppo_engine RUN_DIR [--attempt N]`: turn a run directory into a trained policy.
+
+However it ends, short of being killed, `result.json` says how. The exit status is 0 unless the run failed,
+and nobody relies on it: launchers swallow it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+from ppo_engine.run_dir import Reason, Result, RunDir
+from ppo_engine.spec import RunSpec, SpecError
+from ppo_engine.watch import Watch
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m ppo_engine", description=__doc__)
+    parser.add_argument("run_dir", type=Path, help="holds spec.json and data/")
+    parser.add_argument("--attempt", type=int, default=1, help="which try of the job this is")
+    options = parser.parse_args(argv)
+    run_dir, is_main = RunDir(options.run_dir), os.environ.get("RANK", "0") == "0"
+    if is_main:
+        run_dir.result.unlink(missing_ok=True)
+    watch = Watch(run_dir, is_main=is_main)
+    try:
+        spec = run_dir.read_spec()
+    except FileNotFoundError:
+        parser.error(f"{run_dir.spec} does not exist; a run directory holds spec.json and data/.")
+    except SpecError as error:
+        result = _failed("spec", error, watch)
+    else:
+        result = _run(run_dir, spec, options.attempt, watch)
+    if is_main or result.outcome == "failed":
+        run_dir.write_result(result)
+    return 1 if result.outcome == "failed" else 0
+
+
+def _run(run_dir: RunDir, spec: RunSpec, attempt: int, watch: Watch) -> Result:
+    # torch is loaded only now: a spec that cannot be has been told by then.
+    import torch  # noqa: PLC0415
+
+    from ppo_engine.checkpoint import CheckpointMismatch  # noqa: PLC0415
+    from ppo_engine.learn import NotFinite  # noqa: PLC0415
+    from ppo_engine.program import run  # noqa: PLC0415
+    from ppo_engine.rewards import RewardError  # noqa: PLC0415
+
+    try:
+        return run(run_dir, spec, attempt, watch)
+    except (SpecError, CheckpointMismatch) as error:
+        return _failed("spec", error, watch)
+    except RewardError as error:
+        return _failed("reward", error, watch)
+    except (NotFinite, FloatingPointError) as error:
+        return _failed("nan", error, watch)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        return _failed("oom", error, watch)
+    except Exception as error:  # whatever it is, the worker must learn of it, and the log has the trace
+        return _failed("crash", error, watch)
+
+
+def _failed(reason: Reason, error: BaseException, watch: Watch) -> Result:
+    traceback.print_exception(error)
+    issues = tuple(error.issues) if isinstance(error, SpecError) else ()
+    message = f"{type(error).__name__}: {error}" if reason == "crash" else str(error)
+    return Result(outcome="failed", reason=reason, update=watch.progress, message=message, issues=issues)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

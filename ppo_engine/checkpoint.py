@@ -1,0 +1,137 @@
+"""Checkpoints and exports on disk: written beside, made durable, then named; read back only when whole.
+
+A checkpoint is everything a run needs to go on exactly; an export is the policy alone, for others to load.
+Both are directories with a manifest. This module does not know when to save, or what for.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import PeftModel
+from pydantic import JsonValue
+from torch import nn
+
+from ppo_engine.actor_critic import causal_lm
+from ppo_engine.parallel import Parallel
+from ppo_engine.run_dir import (
+    MANIFEST,
+    complete_updates,
+    damage,
+    describe,
+    read_manifest,
+    sync_directory,
+    write_atomic,
+)
+
+TRAINER_STATE = "trainer_state.json"
+RUN_STATE = "run_state.json"
+
+
+class CheckpointMismatch(ValueError):
+    """A checkpoint that belongs to another run; the message names the fields that differ."""
+
+
+def write(
+    directory: Path,
+    update: int,
+    parallel: Parallel,
+    fill: Callable[[Path], None],
+    metrics: dict[str, JsonValue],
+) -> None:
+    """Make a directory with a manifest out of what `fill` writes into it; every process calls this.
+
+    Until the last moment it has another name, so a crash leaves nothing that could be taken for whole.
+    """
+    partial = directory.with_name(f".{directory.name}.partial")
+    if parallel.is_main:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    parallel.barrier()
+    fill(partial)
+    parallel.barrier()
+    if parallel.is_main:
+        manifest = describe(partial, update, metrics)
+        write_atomic(partial / MANIFEST, manifest.model_dump_json(indent=2).encode())
+        for folder, _, _ in os.walk(partial):
+            sync_directory(Path(folder))
+        shutil.rmtree(directory, ignore_errors=True)
+        partial.rename(directory)
+        sync_directory(directory.parent)
+    parallel.barrier()
+
+
+def newest_whole(parent: Path, warn: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint whose files are those of its manifest; `warn` hears of each one passed over."""
+    for update in reversed(complete_updates(parent)):
+        directory = parent / f"update-{update}"
+        manifest = read_manifest(directory)
+        wrong = "its manifest is gone" if manifest is None else damage(directory, manifest)
+        if wrong is None:
+            return directory
+        warn(f"checkpoint {directory.name} is damaged ({wrong}); the one before it is used.")
+    return None
+
+
+def save_policy(directory: Path, parallel: Parallel, policy: nn.Module, tokenizer: Any, adapter: str) -> None:
+    """Write an adapter in peft's layout, or a model in transformers', with tokenizer and generation config."""
+    is_peft = isinstance(policy, PeftModel)
+    written = (parameter for parameter in policy.parameters() if parameter.requires_grad or not is_peft)
+    with parallel.gathered(written):
+        if not parallel.is_main:
+            return
+        directory.mkdir(parents=True, exist_ok=True)
+        if is_peft:
+            _save_adapter(directory, policy, adapter)
+            causal_lm(policy).generation_config.save_pretrained(directory)
+        else:
+            policy.save_pretrained(directory)  # type: ignore[operator]
+        tokenizer.save_pretrained(directory)
+
+
+def _save_adapter(directory: Path, policy: PeftModel, adapter: str) -> None:
+    """peft puts any adapter but "default" into a folder of its name; loading wants it at the root."""
+    policy.save_pretrained(str(directory), selected_adapters=[adapter], save_embedding_layers=False)
+    folder = directory / adapter
+    if folder.is_dir():
+        for file in folder.iterdir():
+            file.replace(directory / file.name)
+        folder.rmdir()
+
+
+def write_run_state(directory: Path, state: dict[str, Any]) -> None:
+    """What identifies the run a checkpoint belongs to, and where it stands; JSON."""
+    write_atomic(directory / RUN_STATE, json.dumps({**state, "made_with": environment()}, indent=2).encode())
+
+
+def read_run_state(directory: Path) -> dict[str, Any]:
+    state: dict[str, Any] = json.loads((directory / RUN_STATE).read_bytes())
+    return state
+
+
+def require_same(saved: dict[str, Any], current: dict[str, Any]) -> None:
+    """Raises CheckpointMismatch with the names of all fields that differ, and both values."""
+    names = sorted(name for name in saved.keys() | current.keys() if saved.get(name) != current.get(name))
+    if names:
+        told = "; ".join(f"{name}: {saved.get(name)!r} then, {current.get(name)!r} now" for name in names)
+        raise CheckpointMismatch(f"the checkpoint belongs to a run with other settings ({told}).")
+
+
+def environment() -> dict[str, str | int]:
+    """What a byte-equal continuation on a CPU depends on."""
+    return {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+    }

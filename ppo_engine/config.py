@@ -1,0 +1,257 @@
+"""`PPOConfig`: the trainer's arguments for scripts, under TRL 1.12's names, and the bridge from a spec.
+
+It inherits every field of `transformers.TrainingArguments`. Each is either honoured by the PPO loop or
+refused unless it has its default: no argument is read and then forgotten.
+This module knows no models and no data.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from pydantic import ValidationError
+from transformers import TrainingArguments
+
+from ppo_engine.facts import Facts
+from ppo_engine.plan import Schedule, check, check_batches, schedule
+from ppo_engine.spec import (
+    Hyperparameters,
+    Issue,
+    RunSpec,
+    SpecError,
+    check_hyperparameters,
+    issues_of,
+    shown,
+)
+
+
+def _option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class PPOConfig(TrainingArguments):
+    """Arguments of `PPOTrainer`. Steps (logging, saving, evaluation, warm-up) are updates: one rollout and
+    all optimizer steps on it. Each field's meaning stands in its `help`.
+
+    Raises:
+        SpecError: a value is out of range, fields contradict each other, a derived size is given that differs
+            from the derived one, or an inherited argument is given that PPO does not honour.
+    """
+
+    learning_rate: float = _option(3e-6, "Peak learning rate of AdamW.")
+    logging_steps: float = _option(10, "Updates between two logs; below 1: a share of the run.")
+    gradient_checkpointing: bool | None = _option(True, "Recompute activations in the backward pass.")
+    bf16: bool | None = _option(None, "bf16 mixed precision. Not given: on, unless fp16 is.")  # type: ignore[assignment]
+    dataset_num_proc: int | None = _option(None, "Processes that prepare the data set.")
+    num_mini_batches: int = _option(1, "Mini-batches a batch is cut into: optimizer steps per epoch.")
+    total_episodes: int | None = _option(None, "Responses of the whole run; else num_train_epochs passes.")
+    local_rollout_forward_batch_size: int = _option(64, "Rows sampled and scored at a time, per process.")
+    num_sample_generations: int = _option(10, "How often in the run sample completions are shown.")
+    response_length: int = _option(53, "Most tokens of a response.")
+    stop_token: Literal["eos"] | None = _option(None, "'eos': responses end after the tokenizer's eos token.")
+    stop_token_id: int | None = _option(None, "Or the id of the token they end after.")
+    temperature: float = _option(0.7, "Of sampling, and of every log-probability.")
+    missing_eos_penalty: float | None = _option(
+        None, "Taken off the score of a response that did not reach its stop token; positive."
+    )
+    sft_model_path: str = _option("EleutherAI/pythia-160m", "For scripts: where the policy starts.")
+    world_size: int | None = _option(None, "Processes of the run; derived.")
+    num_total_batches: int | None = _option(None, "Updates of the run; derived.")
+    micro_batch_size: int | None = _option(None, "Rows of a micro-batch over all processes; derived.")
+    local_batch_size: int | None = _option(None, "Rows of a batch per process; derived.")
+    batch_size: int | None = _option(None, "Rows of a batch over all processes; derived.")
+    local_mini_batch_size: int | None = _option(None, "Rows of a mini-batch per process; derived.")
+    mini_batch_size: int | None = _option(None, "Rows of a mini-batch over all processes; derived.")
+    push_to_hub: bool = _option(False, "Push the policy to the hub after training.")
+    reward_model_path: str = _option("EleutherAI/pythia-160m", "For scripts: the reward model.")
+    model_adapter_name: str | None = _option(None, "The adapter that is trained, where there are several.")
+    ref_adapter_name: str | None = _option(None, "The adapter that is the reference.")
+    num_ppo_epochs: int = _option(4, "Passes over each batch of responses.")
+    whiten_rewards: bool = _option(False, "Scale rewards to unit variance over the batch, mean kept.")
+    kl_coef: float = _option(0.05, "Weight of the divergence from the reference in the reward.")
+    kl_estimator: Literal["k1", "k3"] = _option("k1", "Schulman 2020: k1 = -log r; k3 = (r - 1) - log r.")
+    cliprange: float = _option(0.2, "Clip range of the probability ratio.")
+    vf_coef: float = _option(0.1, "Weight of the value loss.")
+    cliprange_value: float = _option(0.2, "Clip range of the value's move.")
+    gamma: float = _option(1.0, "Discount per token.")
+    lam: float = _option(0.95, "Lambda of generalised advantage estimation.")
+    ds3_gather_for_generation: bool = _option(
+        True, "Under ZeRO-3: gather the policy for generation; off: slower, for policies larger than a GPU."
+    )
+
+    given_world_size: ClassVar[int | None] = None
+
+    def __post_init__(self) -> None:
+        if self.bf16 is None:
+            self.bf16 = not self.fp16
+        if self.activation_checkpointing is None:  # TRL's name is transformers' deprecated alias
+            self.activation_checkpointing = self.gradient_checkpointing
+            self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs
+        super().__post_init__()
+        issues = [*refused_arguments(self), *check_hyperparameters(hyperparameters(self))]
+        if issues:
+            raise SpecError(issues)
+
+    @classmethod
+    def from_spec(cls, spec: RunSpec, facts: Facts, output_dir: str | Path, **overrides: Any) -> PPOConfig:
+        """The arguments of a spec's run.
+
+        Raises:
+            SpecError: with the issues of `plan.check(spec, facts)`, where there are any.
+        """
+        issues = check(spec, facts)
+        if issues:
+            raise SpecError(issues)
+        given = spec.ppo.model_dump(exclude={"eval_steps"})
+        return cls(
+            output_dir=str(output_dir),
+            bf16=spec.resources.precision == "bf16",
+            eval_strategy="no" if spec.ppo.eval_steps is None else "steps",
+            eval_steps=spec.ppo.eval_steps,
+            **{**given, "logging_steps": 1, **overrides},
+        )
+
+
+_HYPERPARAMETERS = tuple(name for name in Hyperparameters.model_fields if name != "eval_steps")
+
+
+def hyperparameters(args: PPOConfig) -> Hyperparameters:
+    """The hyperparameters of a script's arguments, held to the rules of a spec's.
+
+    Raises:
+        SpecError: with locs as in `PPOConfig`.
+    """
+    given = {name: getattr(args, name) for name in _HYPERPARAMETERS}
+    given["lr_scheduler_type"] = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
+    given["gradient_checkpointing"] = bool(args.gradient_checkpointing)
+    # Where Trainer takes more than a spec does (a share of the run, any schedule), the trainer resolves it.
+    for name in ("save_steps", "warmup_steps"):
+        if given[name] is not None and 0 <= given[name] < 1:
+            given.pop(name)
+        else:
+            given[name] = int(given[name])
+    if given["lr_scheduler_type"] not in ("linear", "constant", "cosine", "constant_with_warmup"):
+        given.pop("lr_scheduler_type")
+    try:
+        return Hyperparameters.model_validate(given)
+    except ValidationError as error:
+        raise SpecError(issues_of(error, given)) from None
+
+
+def check_args(args: PPOConfig, prompts: int) -> tuple[Hyperparameters, Schedule]:
+    """The hyperparameters and the derived sizes of a script's arguments, for a number of prompts.
+
+    Raises:
+        SpecError: they break a rule, or a derived size is given that differs.
+    """
+    ppo = hyperparameters(args)
+    issues = [*check_hyperparameters(ppo), *check_batches(ppo, args.world_size, prompts)]
+    if issues:
+        raise SpecError(issues)
+    derived = schedule(ppo, args.world_size, prompts)
+    issues = [
+        Issue(loc=(name,), msg=f"{given} given; it is derived, and is {size}: leave it out.")
+        for name, size in derived.model_dump(exclude={"total_episodes", "optimizer_steps"}).items()
+        if (given := args.given_world_size if name == "world_size" else getattr(args, name)) is not None
+        and given != size
+    ]
+    if issues:
+        raise SpecError(issues)
+    return ppo, derived
+
+
+def _set_world_size(args: PPOConfig, given: int | None) -> None:
+    args.given_world_size = given
+
+
+# TRL's argument hides a property of TrainingArguments that Trainer needs: what is given is kept beside it,
+# to be checked, and what is read is the number of processes there really are.
+PPOConfig.world_size = property(TrainingArguments.world_size.fget, _set_world_size)  # type: ignore
+
+
+# Inherited arguments --------------------------------------------------------------------------------------
+
+HONOURED = frozenset(
+    {
+        "activation_checkpointing",
+        "activation_checkpointing_kwargs",
+        "adam_beta1",
+        "adam_beta2",
+        "adam_epsilon",
+        "bf16",
+        "ddp_backend",
+        "ddp_broadcast_buffers",
+        "ddp_bucket_cap_mb",
+        "ddp_timeout",
+        "deepspeed",
+        "disable_tqdm",
+        "do_eval",
+        "do_predict",
+        "do_train",
+        "eval_on_start",
+        "eval_steps",
+        "eval_strategy",
+        "full_determinism",
+        "gradient_accumulation_steps",
+        "gradient_checkpointing",
+        "gradient_checkpointing_kwargs",
+        "hub_model_id",
+        "hub_private_repo",
+        "hub_revision",
+        "hub_token",
+        "learning_rate",
+        "local_rank",
+        "log_level",
+        "log_level_replica",
+        "log_on_each_node",
+        "logging_first_step",
+        "logging_nan_inf_filter",
+        "logging_steps",
+        "logging_strategy",
+        "lr_scheduler_kwargs",
+        "lr_scheduler_type",
+        "max_grad_norm",
+        "num_train_epochs",
+        "optim",
+        "optim_args",
+        "output_dir",
+        "per_device_eval_batch_size",
+        "per_device_train_batch_size",
+        "project",
+        "push_to_hub",
+        "report_to",
+        "resume_from_checkpoint",
+        "run_name",
+        "save_steps",
+        "save_strategy",
+        "save_total_limit",
+        "seed",
+        "skip_memory_metrics",
+        "tf32",
+        "trackio_bucket_id",
+        "trackio_space_id",
+        "trackio_static_space_id",
+        "use_cpu",
+        "warmup_steps",
+        "weight_decay",
+    }
+)
+"""Inherited arguments that do in the PPO loop what their help says. Every other one must keep its default."""
+
+
+def refused_arguments(args: PPOConfig) -> list[Issue]:
+    """One issue for each inherited argument that is given and not honoured."""
+    untouched = TrainingArguments(output_dir=args.output_dir, use_cpu=args.use_cpu, report_to="none")
+    return [
+        Issue(
+            loc=(inherited.name,),
+            msg=f"{shown(given)} given; PPOTrainer does not honour this argument: leave it out.",
+        )
+        for inherited in dataclasses.fields(TrainingArguments)
+        if inherited.name not in HONOURED and inherited.name not in PPOConfig.__annotations__
+        if (given := getattr(args, inherited.name)) != getattr(untouched, inherited.name)
+    ]

@@ -1,0 +1,178 @@
+"""The only file that speaks DDP and DeepSpeed: prepare, backward, clip, step, gather.
+
+A loss handed to `backward` is this process's share of a sum whose denominator is global, so gradients are
+summed over processes, never averaged. The reduced loss and norm are looked at before a step is taken.
+This module knows no PPO.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+
+_T = TypeVar("_T")
+
+
+class Parallel:
+    """The processes of a run, seen from one of them."""
+
+    def __init__(self, accelerator: Accelerator, max_grad_norm: float) -> None:
+        self.accelerator = accelerator
+        self.max_grad_norm = max_grad_norm
+        self.rank: int = accelerator.process_index
+        self.world_size: int = accelerator.num_processes
+        self.device: torch.device = accelerator.device
+        self.is_main: bool = accelerator.is_main_process
+        plugin = getattr(accelerator.state, "deepspeed_plugin", None)
+        self.zero_stage: int | None = None if plugin is None else plugin.zero_stage
+
+    # Preparing -----------------------------------------------------------------------------------------
+
+    def prepare(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
+        """Wrap the trained module and its optimizer. DeepSpeed's own accumulation is off: we accumulate."""
+        if self.zero_stage is not None:
+            config = self.accelerator.state.deepspeed_plugin.deepspeed_config
+            config["train_micro_batch_size_per_gpu"] = 1
+            config["gradient_accumulation_steps"] = 1
+            config["gradient_clipping"] = self.max_grad_norm
+            config["zero_allow_untested_optimizer"] = True
+            config["zero_force_ds_cpu_optimizer"] = False
+        prepared, optimizer = self.accelerator.prepare(module, optimizer)
+        return prepared, optimizer
+
+    def prepare_frozen(self, module: nn.Module) -> nn.Module:
+        """Place a module that only scores."""
+        return module.to(self.device)
+
+    def unwrap(self, module: nn.Module) -> Any:
+        return self.accelerator.unwrap_model(module)
+
+    # Stepping ------------------------------------------------------------------------------------------
+
+    def backward(self, module: nn.Module, loss: Tensor, *, last: bool) -> None:
+        """Add a micro-batch's gradients; processes meet at the `last` one of a step."""
+        # DDP and DeepSpeed average over processes; the loss is a share of a sum.
+        loss = loss * self.world_size
+        if self.zero_stage is not None:
+            engine: Any = module
+            engine.set_gradient_accumulation_boundary(last)
+            engine.backward(loss)
+            return
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    def no_sync(self, module: nn.Module, *, last: bool) -> Any:
+        """Around forward and backward of all micro-batches of a step but the last."""
+        if last or self.zero_stage is not None or self.world_size == 1:
+            return nullcontext()
+        ddp: Any = module
+        return ddp.no_sync()
+
+    def step(self, module: nn.Module, optimizer: torch.optim.Optimizer, loss: float) -> float | None:
+        """Clip and apply the gradients, then clear them; `loss` is the step's, summed over processes.
+
+        Returns the gradients' norm before clipping, or None where loss or norm was not finite: then
+        nothing was applied, on any process.
+        """
+        if self.zero_stage is not None:
+            return self._step_deepspeed(module, loss)
+        parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        limit = self.max_grad_norm or float("inf")
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit))
+        is_finite = _is_finite(loss) and _is_finite(norm)
+        if is_finite:
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return norm if is_finite else None
+
+    def _step_deepspeed(self, module: nn.Module, loss: float) -> float | None:
+        engine: Any = module
+        if not _is_finite(loss):
+            engine.optimizer.zero_grad()
+            return None
+        engine.step()
+        return float(engine.get_global_grad_norm())
+
+    # Talking -------------------------------------------------------------------------------------------
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sum over processes."""
+        if self.world_size == 1:
+            return tensor
+        total: Tensor = self.accelerator.reduce(tensor, reduction="sum")  # type: ignore[assignment]
+        return total
+
+    def any(self, flag: bool) -> bool:
+        """Whether any process says so."""
+        if self.world_size == 1:
+            return flag
+        return bool(self.sum(torch.tensor(float(flag), device=self.device)).item() > 0)
+
+    def gather(self, value: _T) -> list[_T]:
+        """Every process's value, by rank."""
+        gathered: list[_T] = gather_object([value]) if self.world_size > 1 else [value]
+        return gathered
+
+    def barrier(self) -> None:
+        self.accelerator.wait_for_everyone()
+
+    # Whole weights -------------------------------------------------------------------------------------
+
+    @contextmanager
+    def gathered(self, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+        """Inside, ZeRO-3 shards of these parameters are whole on every process. Elsewhere nothing happens."""
+        if self.zero_stage != 3:
+            yield
+            return
+        import deepspeed  # noqa: PLC0415  (an optional dependency)
+
+        with deepspeed.zero.GatheredParameters(list(parameters)):
+            yield
+
+    def state_dict(self, module: nn.Module, *, trained_only: bool) -> dict[str, Tensor]:
+        """Whole weights on the CPU; on every process, by their names in the module given."""
+        chosen = {
+            name: parameter
+            for name, parameter in module.named_parameters(remove_duplicate=False)
+            if parameter.requires_grad or not trained_only
+        }
+        with self.gathered(chosen.values()):
+            return {name: parameter.detach().cpu().clone() for name, parameter in chosen.items()}
+
+    # Full state ----------------------------------------------------------------------------------------
+
+    def save_state(self, directory: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Write trained weights and the optimizer's state; every process calls this."""
+        if self.zero_stage is not None:
+            engine: Any = module
+            engine.save_checkpoint(str(directory), tag="zero", exclude_frozen_parameters=True)
+            return
+        if self.is_main:
+            state = {
+                "weights": self.state_dict(self.unwrap(module), trained_only=True),
+                "optimizer": optimizer.state_dict(),
+            }
+            torch.save(state, directory / "training_state.pt")
+
+    def load_state(self, directory: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Read back what `save_state` wrote."""
+        if self.zero_stage is not None:
+            engine: Any = module
+            engine.load_checkpoint(str(directory), tag="zero", load_module_strict=False)
+            return
+        state = torch.load(directory / "training_state.pt", map_location="cpu", weights_only=True)
+        parameters = dict(self.unwrap(module).named_parameters(remove_duplicate=False))
+        with torch.no_grad():
+            for name, weight in state["weights"].items():
+                parameters[name].copy_(weight)
+        optimizer.load_state_dict(state["optimizer"])
+
+
+def _is_finite(value: float) -> bool:
+    return value == value and value not in (float("inf"), float("-inf"))

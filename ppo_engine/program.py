@@ -1,0 +1,245 @@
+"""One run, from its directory to its policy: what `python -m ppo_engine` does once it has a directory.
+
+Here the trainer's logs become events, its saves become checkpoints and exports, and a wish to stop becomes
+a stop at the end of the update. Knows no worker, no queue, no HTTP.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import JsonValue
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+
+from ppo_engine import checkpoint
+from ppo_engine.config import PPOConfig
+from ppo_engine.events import Event, EventType, encode
+from ppo_engine.load import load, read_facts, read_rows
+from ppo_engine.plan import plan
+from ppo_engine.rewards import build
+from ppo_engine.run_dir import Reason, Result, RunDir
+from ppo_engine.spec import Loc, RunSpec
+from ppo_engine.trainer import PPOTrainer
+from ppo_engine.watch import Watch
+
+_KEPT_CHECKPOINTS = 2
+_ACK_POLL_SECONDS = 0.2
+
+
+class EventLog:
+    """Appends to `events.jsonl`.
+
+    suffix: ends every key. On a GPU a repeated update may differ in its last digits, so the events of each
+        attempt are its own; on a CPU they are the same, and whoever has them drops them.
+    """
+
+    def __init__(self, path: Path, suffix: str) -> None:
+        self.path, self.suffix = path, suffix
+
+    def say(self, kind: EventType, update: int, name: str, data: dict[str, Any]) -> None:
+        event = Event(key=f"{name}{self.suffix}", type=kind, update=update, time=time.time(), data=data)
+        with self.path.open("ab") as file:
+            file.write(encode(event))
+
+    def position(self) -> dict[str, int | str]:
+        """What has been said so far, as its length and digest; it is on disk when this returns."""
+        with self.path.open("rb") as file:
+            os.fsync(file.fileno())
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            return {"bytes": file.tell(), "sha256": digest}
+
+    def cut_back(self, position: dict[str, Any]) -> bool:
+        """Drop what was said after a position. False: this is another file, with a history of its own."""
+        size = int(position["bytes"])
+        if not self.path.exists():
+            return False
+        with self.path.open("rb") as file:
+            if hashlib.sha256(file.read(size)).hexdigest() != position["sha256"]:
+                return False
+        os.truncate(self.path, size)
+        return True
+
+
+class StopWhenAsked(TrainerCallback):
+    """Ends the run at the end of an update, with a checkpoint, when any process has a reason to."""
+
+    def __init__(self, trainer: RunTrainer) -> None:
+        self.trainer = trainer
+        self.reason: Reason | None = None
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> TrainerControl:
+        self.trainer.watch.progress = state.global_step
+        reasons = [reason for reason in self.trainer.parallel.gather(self.trainer.watch.reason()) if reason]
+        if reasons and state.global_step < state.max_steps:
+            self.reason = reasons[0]
+            control.should_save = control.should_training_stop = True
+        return control
+
+
+class RunTrainer(PPOTrainer):
+    """A trainer that lives in a run directory: it resumes there, speaks there, and saves there."""
+
+    def __init__(
+        self, run_dir: RunDir, watch: Watch, attempt: int, introduction: dict[str, Any], **arguments: Any
+    ) -> None:
+        self.run_dir, self.watch, self.attempt, self.introduction = run_dir, watch, attempt, introduction
+        self._damage: list[str] = []
+        super().__init__(**arguments)
+        is_repeatable = self.parallel.device.type == "cpu" or attempt == 1
+        self.events = EventLog(run_dir.events, "" if is_repeatable else f"@a{attempt}")
+        self.stop = StopWhenAsked(self)
+        self.add_callback(self.stop)
+
+    def prompts_loc(self, name: str) -> Loc:
+        return ("prompts", "eval" if name == "eval_dataset" else "train")
+
+    # Speaking ------------------------------------------------------------------------------------------
+
+    def say(self, kind: EventType, name: str, data: dict[str, Any], update: int | None = None) -> None:
+        """Append an event, on the main process."""
+        if self.parallel.is_main:
+            self.events.say(kind, self.state.global_step if update is None else update, name, data)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        kind: EventType = "evaluation" if any(name.startswith("eval/") for name in logs) else "metrics"
+        self.say(kind, f"{kind}:{self.state.global_step}", dict(logs))
+        super().log(logs, start_time)
+
+    def log_samples(self, samples: list[dict[str, Any]]) -> None:
+        update = self.state.global_step + 1
+        self.say("samples", f"samples:{update}", {"samples": samples}, update)
+
+    def _say_checkpoint(self) -> None:
+        update, metrics = self.state.global_step, self._last_metrics()
+        self.say("checkpoint", f"checkpoint:{update}", {"update": update, "metrics": metrics})
+
+    def _last_metrics(self) -> dict[str, JsonValue]:
+        """Of the update just done, those that a repeated run repeats."""
+        last = next((logs for logs in reversed(self.state.log_history) if "objective/kl" in logs), {})
+        return {name: value for name, value in last.items() if not name.startswith(("time/", "eps"))}
+
+    # Resuming ------------------------------------------------------------------------------------------
+
+    def _begin(self, resume_from_checkpoint: str | Path | bool | None) -> None:
+        super()._begin(resume_from_checkpoint)
+        if self.state.global_step == 0:
+            if self.parallel.is_main:
+                self.run_dir.events.unlink(missing_ok=True)  # of a run that never came to a checkpoint
+            self.say("started", "started", self.introduction)
+        for message in self._damage:
+            slug = message.split()[1]
+            self.say("warning", f"warning:damaged:{slug}", {"code": "damaged_checkpoint", "message": message})
+
+    def _checkpoint_to_resume(self, resume_from_checkpoint: str | Path | bool | None) -> Path | None:
+        return checkpoint.newest_whole(self.run_dir.checkpoints, self._damage.append)
+
+    def load_checkpoint(self, directory: Path) -> None:
+        super().load_checkpoint(directory)
+        update = self.state.global_step
+        self.watch.progress = update
+        if self.parallel.is_main:
+            position = checkpoint.read_run_state(directory)["events"]
+            if not self.events.cut_back(position):
+                self.say("rewound", f"rewound:a{self.attempt}:{update}", {"to": update})
+        # A crash may have come between the checkpoint and the word of it.
+        self._say_checkpoint()
+        if update not in self.run_dir.complete_exports():
+            self._export(update)
+
+    # Saving --------------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Export and checkpoint, then the word of them; older checkpoints go once they are safe elsewhere."""
+        update = self.state.global_step
+        self._await_acks()
+        self._export(update)
+        self.save_checkpoint(self.run_dir.checkpoint(update), self._last_metrics())
+        self._say_checkpoint()
+        if self.parallel.is_main:
+            self._drop_old_checkpoints()
+
+    def _export(self, update: int) -> None:
+        def fill(directory: Path) -> None:
+            self.save_model(str(directory))
+
+        checkpoint.write(self.run_dir.export(update), update, self.parallel, fill, self._last_metrics())
+
+    def extra_state(self) -> dict[str, Any]:
+        return {"events": self.events.position()}
+
+    def _await_acks(self) -> None:
+        """Where checkpoints are taken elsewhere, let no more than one be on its way."""
+        while self.parallel.is_main and self.watch.reason() is None:
+            acks = self.run_dir.read_acks()
+            waiting = self.run_dir.complete_checkpoints()[-_KEPT_CHECKPOINTS:-1]
+            if acks is None or set(waiting) <= set(acks.checkpoints):
+                break
+            time.sleep(_ACK_POLL_SECONDS)
+        self.parallel.barrier()
+
+    def _drop_old_checkpoints(self) -> None:
+        acks = self.run_dir.read_acks()
+        for update in self.run_dir.complete_checkpoints()[:-_KEPT_CHECKPOINTS]:
+            if acks is None or update in acks.checkpoints:
+                shutil.rmtree(self.run_dir.checkpoint(update))
+
+
+def run(run_dir: RunDir, spec: RunSpec, attempt: int, watch: Watch) -> Result:
+    """Train until the end, or until there is a reason to stop.
+
+    Raises:
+        SpecError: the run cannot be, and why.
+        RewardError, NotFinite, CheckpointMismatch: as `PPOTrainer.train`.
+    """
+    trainer = _trainer(run_dir, spec, attempt, watch)
+    trainer.train(resume_from_checkpoint=True)
+    update, reason = trainer.state.global_step, trainer.stop.reason
+    if reason is not None:
+        message = f"Stopped after update {update} of {trainer.plan.num_total_batches}."
+        return Result(outcome="stopped", reason=reason, update=update, message=message)
+    trainer.say("finished", "finished", {"outcome": "succeeded", "reason": "finished"})
+    message = f"All {update} updates are done."
+    return Result(outcome="succeeded", reason="finished", update=update, message=message)
+
+
+def _trainer(run_dir: RunDir, spec: RunSpec, attempt: int, watch: Watch) -> RunTrainer:
+    """Everything loaded; what cannot be is said before the first model is."""
+    train_rows = read_rows(run_dir, spec.prompts.train, ("prompts", "train"))
+    eval_rows = spec.prompts.eval and read_rows(run_dir, spec.prompts.eval, ("prompts", "eval"))
+    facts = read_facts(spec, len(train_rows))
+    has_gpu = torch.cuda.is_available()
+    args = PPOConfig.from_spec(
+        spec,
+        facts,
+        output_dir=run_dir.checkpoints,
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=not has_gpu,
+        ddp_backend="gloo" if spec.resources.gpus > 1 and not has_gpu else None,
+    )
+    introduction = {"plan": plan(spec, facts).model_dump(mode="json"), "made_with": checkpoint.environment()}
+    set_seed(spec.ppo.seed)  # before new adapters and heads are drawn
+    loaded = load(spec)
+    return RunTrainer(
+        run_dir,
+        watch,
+        attempt,
+        introduction,
+        args=args,
+        processing_class=loaded.tokenizer,
+        model=loaded.policy,
+        ref_model=None,
+        reward_model=build(spec.rewards, device=args.device),
+        train_dataset=train_rows,
+        eval_dataset=eval_rows or None,
+        value_model=loaded.value_model,
+    )

@@ -1,0 +1,157 @@
+"""Which weights play which role: policy, reference, value, reward; and switching adapters between roles.
+
+With adapters one base serves policy and reference: the reference is the base with adapters off, or with
+another adapter on. This module does not know processes or the training loop.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model
+from torch import nn
+
+from ppo_engine.actor_critic import causal_lm, output_logits, trunk
+
+DEFAULT_ADAPTER = "default"
+
+
+def build_policy(model: nn.Module, peft_config: PeftConfig | None, adapter: str | None) -> nn.Module:
+    """The policy: the model, or the model with a new adapter, of which only the adapter is trained.
+
+    Raises:
+        TypeError: `peft_config` is no PeftConfig.
+        ValueError: a peft model and a `peft_config` are given together, or the adapter does not exist.
+    """
+    if peft_config is not None:
+        if not isinstance(peft_config, PeftConfig):
+            raise TypeError(
+                f"peft_config is a {type(peft_config).__name__}; give a peft.PeftConfig, such as LoraConfig."
+            )
+        if isinstance(model, PeftModel):
+            raise ValueError(
+                "model is a PeftModel and peft_config is given too; merge and unload the model's adapter "
+                "first, or leave peft_config out to train the adapter it has."
+            )
+        model = get_peft_model(model, peft_config, adapter_name=adapter or DEFAULT_ADAPTER)  # type: ignore[arg-type]
+    if isinstance(model, PeftModel):
+        train_adapter(model, adapter or DEFAULT_ADAPTER)
+    return model
+
+
+def train_adapter(policy: PeftModel, adapter: str) -> None:
+    """Make one adapter active, and it alone trainable."""
+    require_adapter(policy, adapter, "model_adapter_name")
+    policy.requires_grad_(False)
+    policy.set_adapter(adapter)
+
+
+def require_adapter(policy: nn.Module, adapter: str, field: str) -> None:
+    """Raises ValueError where the policy has no adapter of that name."""
+    known = sorted(policy.peft_config) if isinstance(policy, PeftModel) else []
+    if adapter not in known:
+        raise ValueError(
+            f"{field} is {adapter!r}; the policy has the adapters {known}: load it under that name."
+        )
+
+
+def frozen_copy(model: nn.Module) -> nn.Module:
+    """A copy whose weights will not be trained: the reference of full fine-tuning."""
+    return copy.deepcopy(model).requires_grad_(False)
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Switch dropout off in the modules, whatever mode they are in; the config keeps its numbers.
+
+    Some architectures hold the rate in an nn.Dropout, others in a number they read in training mode.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+def recompute_activations(model: nn.Module, kwargs: dict[str, Any] | None) -> None:
+    """Keep few activations for the backward pass, and compute the others again."""
+    enable: Any = causal_lm(model).gradient_checkpointing_enable
+    enable(gradient_checkpointing_kwargs=kwargs or {"use_reentrant": False})
+
+
+def set_modes(model: nn.Module) -> None:
+    """Evaluation mode, but for the layers that recompute activations: they do so in training only."""
+    model.eval()
+    for module in model.modules():
+        if getattr(module, "gradient_checkpointing", False):
+            module.training = True
+
+
+@contextmanager
+def generation_mode(policy: nn.Module) -> Iterator[None]:
+    """Inside, no layer recomputes activations: they cannot do so and keep a cache."""
+    try:
+        policy.eval()
+        yield
+    finally:
+        set_modes(policy)
+
+
+def check_value_model(value_model: nn.Module | None) -> None:
+    """Raises ValueError where a value model has no `score` head with one output."""
+    if value_model is None:
+        return
+    score = getattr(value_model, "score", None)
+    outputs = getattr(score, "out_features", None)
+    if not hasattr(value_model, "base_model_prefix") or outputs != 1:
+        raise ValueError(
+            f"value_model is a {type(value_model).__name__} whose score head has {outputs} outputs; give a "
+            "...ForSequenceClassification with num_labels=1, or None for a head on the policy's trunk."
+        )
+
+
+@contextmanager
+def reference_adapter(policy: PeftModel, ref_adapter_name: str | None) -> Iterator[None]:
+    """Inside, the policy computes as the reference: adapters off, or the named one on.
+
+    Afterwards, whatever happened, active adapters, `requires_grad`, and modes are as before: peft's own
+    switches change `requires_grad`.
+    """
+    active = list(policy.active_adapters)
+    trained = [(parameter, parameter.requires_grad) for parameter in policy.parameters()]
+    modes = [(module, module.training) for module in policy.modules()]
+    try:
+        if ref_adapter_name is None:
+            policy.base_model.disable_adapter_layers()
+        else:
+            policy.set_adapter(ref_adapter_name)
+        yield
+    finally:
+        policy.base_model.enable_adapter_layers()
+        policy.base_model.set_adapter(active)
+        for parameter, requires_grad in trained:
+            parameter.requires_grad_(requires_grad)
+        for module, training in modes:
+            module.training = training
+
+
+@torch.no_grad()
+def check_output_layer(policy: nn.Module) -> None:
+    """See that logits from hidden states are those of the model's own forward.
+
+    Raises:
+        ValueError: the architecture changes its logits in a way this engine does not know.
+    """
+    model: Any = causal_lm(policy)
+    ids = torch.arange(4, device=model.device)[None]
+    own = model(input_ids=ids, use_cache=False).logits.float()
+    ours = output_logits(model)(trunk(model)(input_ids=ids, use_cache=False).last_hidden_state)
+    if not torch.allclose(own, ours, rtol=1e-2, atol=1e-2):
+        raise ValueError(
+            f"{type(model).__name__} changes its logits after the output layer in a way that is not "
+            "supported; please report the architecture."
+        )

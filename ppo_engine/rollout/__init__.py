@@ -1,0 +1,1 @@
+"""The first half of PPO: prompts in, responses out."""

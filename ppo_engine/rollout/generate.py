@@ -1,0 +1,137 @@
+"""Sampling responses from a policy, with a key-value cache and random numbers that belong to rows.
+
+Prompts are padded on the left to the longest of their batch; rows that have ended leave the batch. This
+module knows no rewards, no training, and no processes but through `any_running`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import DynamicCache
+
+from ppo_engine.rollout.sampling import sample
+
+_SHRINK_AT = 0.75  # rows leave the cache, which copies it, once no more than this share still runs
+
+
+@dataclass(frozen=True)
+class Response:
+    """Token ids up to and including the stop token; `finished`: the stop token was reached."""
+
+    ids: list[int]
+    finished: bool
+
+
+@torch.no_grad()
+def generate(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    uniforms_BR: NDArray[np.float64],
+    *,
+    temperature: float,
+    stop_token_id: int | None,
+    batch_rows: int,
+    device: torch.device,
+    any_running: Callable[[bool], bool] | None = None,
+) -> list[Response]:
+    """One response per prompt, of at most `uniforms_BR.shape[1]` tokens.
+
+    model: a causal language model. uniforms_BR: a number in [0, 1) per row and token; temperature 0 takes
+    the most likely token and ignores them. batch_rows: most rows at a time. any_running: where every process
+    must take part in every forward (sharded weights), whether any of them still has a row running.
+    """
+    by_length = sorted(range(len(prompts)), key=lambda row: (len(prompts[row]), row))
+    responses: dict[int, Response] = {}
+    for start in range(0, len(by_length), batch_rows):
+        rows = by_length[start : start + batch_rows]
+        batch = _Batch(model, [prompts[row] for row in rows], uniforms_BR[rows], stop_token_id, device)
+        batch.run(temperature, any_running)
+        responses.update(zip(rows, batch.responses(), strict=True))
+    return [responses[row] for row in range(len(prompts))]
+
+
+class _Batch:
+    """Rows that decode together. `self.rows` maps the rows still in the cache to those it began with."""
+
+    def __init__(
+        self,
+        model: Any,
+        prompts: Sequence[Sequence[int]],
+        uniforms_BR: NDArray[np.float64],
+        stop_token_id: int | None,
+        device: torch.device,
+    ) -> None:
+        self.model, self.stop_token_id = model, stop_token_id
+        self.uniforms_BR = torch.from_numpy(uniforms_BR).to(device)
+        self.inputs_BT, self.mask_BT = _left_padded(prompts, device)
+        self.cache = DynamicCache(config=model.config)
+        self.rows = torch.arange(len(prompts), device=device)
+        self.running_B = torch.ones(len(prompts), dtype=torch.bool, device=device)
+        self.tokens_BR = torch.zeros(uniforms_BR.shape, dtype=torch.long, device=device)
+        self.lengths_B = torch.zeros(len(prompts), dtype=torch.long, device=device)
+        self.finished_B = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+
+    def run(self, temperature: float, any_running: Callable[[bool], bool] | None) -> None:
+        for step in range(self.uniforms_BR.shape[1]):
+            logits_BV = self._forward()
+            tokens_B = sample(logits_BV, self.uniforms_BR[self.rows, step], temperature)
+            self._record(tokens_B, step)
+            is_running = bool(self.running_B.any())
+            if not (is_running if any_running is None else any_running(is_running)):
+                return
+            self._shrink()
+
+    def _forward(self) -> Tensor:
+        """Logits of the next token; rows that have ended but are still in the cache compute in vain."""
+        width = self.inputs_BT.shape[1]
+        positions_BT = (self.mask_BT.cumsum(-1) - 1).clamp(min=0)[:, -width:]
+        output = self.model(
+            input_ids=self.inputs_BT,
+            attention_mask=self.mask_BT,
+            position_ids=positions_BT,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return output.logits[:, -1].float()  # type: ignore[no-any-return]
+
+    def _record(self, tokens_B: Tensor, step: int) -> None:
+        rows = self.rows[self.running_B]
+        self.tokens_BR[rows, step] = tokens_B[self.running_B]
+        self.lengths_B[rows] = step + 1
+        if self.stop_token_id is not None:
+            stopped_B = self.running_B & (tokens_B == self.stop_token_id)
+            self.finished_B[self.rows[stopped_B]] = True
+            self.running_B = self.running_B & ~stopped_B
+        self.inputs_BT = tokens_B[:, None]
+        self.mask_BT = torch.cat([self.mask_BT, torch.ones_like(self.inputs_BT)], dim=1)
+
+    def _shrink(self) -> None:
+        kept = self.running_B.nonzero().squeeze(-1)
+        if len(kept) == 0 or len(kept) > _SHRINK_AT * len(self.running_B):
+            return
+        self.cache.batch_select_indices(kept)
+        self.inputs_BT, self.mask_BT = self.inputs_BT[kept], self.mask_BT[kept]
+        self.rows, self.running_B = self.rows[kept], self.running_B[kept]
+
+    def responses(self) -> list[Response]:
+        lengths, finished = self.lengths_B.tolist(), self.finished_B.tolist()
+        return [
+            Response(ids[:length], ended)
+            for ids, length, ended in zip(self.tokens_BR.tolist(), lengths, finished, strict=True)
+        ]
+
+
+def _left_padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Ids and mask [B, longest prompt]. What stands in the padding is never looked at."""
+    width = max(map(len, prompts))
+    ids = [[0] * (width - len(prompt)) + list(prompt) for prompt in prompts]
+    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)

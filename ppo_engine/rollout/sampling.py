@@ -1,0 +1,67 @@
+"""From logits and uniform numbers to tokens, by inverting the distribution function.
+
+The uniform numbers belong to rows: which token a row gets depends on its own logits and its own number,
+never on the batch it is sampled in. This module does not know models or stop tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ppo_engine.draws import Purpose, stream
+
+
+def row_uniforms(
+    seed: int, update: int, rows: Sequence[int], length: int, purpose: Purpose = Purpose.ROLLOUT
+) -> npt.NDArray[np.float64]:
+    """Uniform numbers in [0, 1), float64 [len(rows), length]: one per row and token.
+
+    rows: positions in the update's batch, over all processes. A row's first numbers do not depend on
+    `length`, nor on the other rows.
+    """
+    uniforms = np.empty((len(rows), length))
+    for index, row in enumerate(rows):
+        stream(seed, purpose, update, row).random(out=uniforms[index])
+    return uniforms
+
+
+def sample(logits_BV: Tensor, uniforms_B: Tensor, temperature: float) -> Tensor:
+    """One token id per row, int64 [B].
+
+    The distribution is softmax(logits / temperature), summed up in float64; temperature 0 takes the token
+    with the largest logit, the first of equals. A token of probability zero is never taken.
+
+    Raises:
+        FloatingPointError: a row's logits hold NaN or +inf, or nothing but -inf.
+    """
+    if temperature == 0:
+        _require_numbers(logits_BV.amax(-1))
+        return logits_BV.argmax(-1)
+    probabilities_BV = (logits_BV.float() / temperature).softmax(-1)
+    cdf_BV = probabilities_BV.cumsum(-1, dtype=torch.float64)
+    total_B = cdf_BV[:, -1]
+    _require_numbers(total_B)
+    return _invert(probabilities_BV, cdf_BV, uniforms_B.to(total_B) * total_B)
+
+
+def _invert(probabilities_BV: Tensor, cdf_BV: Tensor, targets_B: Tensor) -> Tensor:
+    """The first token of positive probability whose cdf exceeds the target.
+
+    The probability is asked for because a parallel cumulative sum may rise where it is zero. Where rounding
+    puts the target at the total, the last token of positive probability is taken.
+    """
+    possible_BV = probabilities_BV > 0
+    hits_BV = possible_BV & (cdf_BV > targets_B[:, None])
+    last_B = possible_BV.shape[1] - 1 - possible_BV.flip(-1).int().argmax(-1)
+    return torch.where(hits_BV.any(-1), hits_BV.int().argmax(-1), last_B)
+
+
+def _require_numbers(values_B: Tensor) -> None:
+    if not bool(values_B.isfinite().all()):
+        row = int((~values_B.isfinite()).int().argmax())
+        raise FloatingPointError(f"The logits of row {row} are not numbers; the policy has diverged.")

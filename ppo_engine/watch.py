@@ -1,0 +1,77 @@
+"""Why a run should stop: asked to, signalled, its lease over, or its parent gone.
+
+Rank 0 reads `control.json`; every process watches its parent and signals. A run stops at the end of its
+update; where that does not come within a grace period after the lease or the parent went, the process ends
+itself: a worker that was stopped or killed can kill nothing. Knows no torch.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from types import FrameType
+
+from pydantic import ValidationError
+
+from ppo_engine.run_dir import Reason, Result, RunDir
+
+_POLL_SECONDS = 0.5
+_GRACE_SECONDS = 10.0
+EXIT_ABANDONED = 75
+
+
+class Watch:
+    """Looks out for reasons to stop, from the moment it is made.
+
+    progress: updates completed, for the result that is written when the process ends itself.
+    """
+
+    def __init__(self, run_dir: RunDir, *, is_main: bool) -> None:
+        self.progress = 0
+        self._run_dir, self._is_main = run_dir, is_main
+        self._parent = os.getppid()
+        self._signalled = False
+        self._abandoned_since: float | None = None
+        signal.signal(signal.SIGTERM, self._on_signal)
+        threading.Thread(target=self._look_out, name="watch", daemon=True).start()
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self._signalled = True
+
+    def reason(self) -> Reason | None:
+        """Why to stop now; None: go on."""
+        if self._is_main:
+            control = self._run_dir.read_control()
+            if control.wanted != "run":
+                return control.wanted
+            if control.lease_until is not None and time.time() > control.lease_until:
+                return "lease"
+        if os.getppid() != self._parent:
+            return "parent"
+        return "sigterm" if self._signalled else None
+
+    def _look_out(self) -> None:
+        """Runs in a thread of its own, since an update, or a collective, may take long or for ever."""
+        while True:
+            time.sleep(_POLL_SECONDS)
+            try:
+                reason = self.reason()
+            except (OSError, ValidationError):
+                continue  # the file is unreadable for now; the lease it last named is asked for again
+            if reason not in ("lease", "parent"):
+                self._abandoned_since = None
+                continue
+            now = time.monotonic()
+            self._abandoned_since = self._abandoned_since or now
+            if now - self._abandoned_since > _GRACE_SECONDS:
+                self._end(reason)
+
+    def _end(self, reason: Reason) -> None:
+        if self._is_main:
+            message = f"Ended in the middle of update {self.progress + 1}; the last checkpoint stands."
+            self._run_dir.write_result(
+                Result(outcome="stopped", reason=reason, update=self.progress, message=message)
+            )
+        os._exit(EXIT_ABANDONED)
