@@ -24,23 +24,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--attempt", type=int, default=1, help="which try of the job this is")
     options = parser.parse_args(argv)
     run_dir, is_main = RunDir(options.run_dir), os.environ.get("RANK", "0") == "0"
+    if not run_dir.spec.is_file():
+        parser.error(f"{run_dir.spec} does not exist; a run directory holds spec.json and data/.")
     if is_main:
         run_dir.result.unlink(missing_ok=True)
-    watch = Watch(run_dir, is_main=is_main)
-    try:
-        spec = run_dir.read_spec()
-    except FileNotFoundError:
-        parser.error(f"{run_dir.spec} does not exist; a run directory holds spec.json and data/.")
-    except SpecError as error:
-        result = _failed("spec", error, watch)
-    else:
-        result = _run(run_dir, spec, options.attempt, watch)
+    with Watch(run_dir, is_main=is_main) as watch:
+        result = _run(run_dir, options.attempt, watch)
     if is_main or result.outcome == "failed":
         run_dir.write_result(result)
     return 1 if result.outcome == "failed" else 0
 
 
-def _run(run_dir: RunDir, spec: RunSpec, attempt: int, watch: Watch) -> Result:
+def _run(run_dir: RunDir, attempt: int, watch: Watch) -> Result:
+    try:
+        spec = run_dir.read_spec()
+    except SpecError as error:
+        return _failed("spec", error, watch)
+    return _train(run_dir, spec, attempt, watch)
+
+
+def _train(run_dir: RunDir, spec: RunSpec, attempt: int, watch: Watch) -> Result:
     # torch is loaded only now: a spec that cannot be has been told by then.
     import torch  # noqa: PLC0415
 

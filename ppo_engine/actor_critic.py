@@ -3,7 +3,7 @@
 The forward computes what PPO needs of a micro-batch, for response tokens only: the log-probability and
 entropy of each token, and the value before it. Logits are made in chunks, so the peak of memory does not
 grow with vocabulary x length x batch. Shape letters as in `batch.py`; N: response tokens of all rows.
-This module does not know adapters' roles, losses, or processes.
+This module does not know adapters' roles, what is learned, or processes.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from ppo_engine.losses import entropy
 
 _CHUNK_ELEMENTS = 2**24  # logits held at a time: 64 MiB in fp32
 
@@ -144,13 +146,13 @@ def token_logprobs(
     def of_chunk(hidden_CD: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor]:
         logprobs_CV = (logits(hidden_CD) / temperature).log_softmax(-1)
         with torch.no_grad():
-            entropies_C = -(logprobs_CV.exp() * logprobs_CV).sum(-1)
+            entropies_C = entropy(logprobs_CV)
         return logprobs_CV.gather(-1, targets_C[:, None]).squeeze(-1), entropies_C
 
     if len(hidden_ND) <= chunk:
         return of_chunk(hidden_ND, targets_N)
     parts = [
         checkpoint(of_chunk, *part, use_reentrant=False, preserve_rng_state=False)
-        for part in zip(hidden_ND.split(chunk), targets_N.split(chunk), strict=True)
+        for part in zip(torch.split(hidden_ND, chunk), torch.split(targets_N, chunk), strict=True)
     ]
     return torch.cat([logprobs for logprobs, _ in parts]), torch.cat([entropies for _, entropies in parts])

@@ -82,7 +82,7 @@ def newest_whole(parent: Path, warn: Callable[[str], None]) -> Path | None:
 
 
 def save_policy(directory: Path, parallel: Parallel, policy: nn.Module, tokenizer: Any, adapter: str) -> None:
-    """Write an adapter in peft's layout, or a model in transformers', with tokenizer and generation config."""
+    """Write an adapter in peft's layout or a model in transformers', and tokenizer, generation config."""
     is_peft = isinstance(policy, PeftModel)
     written = (parameter for parameter in policy.parameters() if parameter.requires_grad or not is_peft)
     with parallel.gathered(written):

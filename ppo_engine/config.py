@@ -15,8 +15,9 @@ from typing import Any, ClassVar, Literal
 from pydantic import ValidationError
 from transformers import TrainingArguments
 
-from ppo_engine.facts import Facts
-from ppo_engine.plan import Schedule, check, check_batches, schedule
+from ppo_engine.facts import Facts, ModelFacts
+from ppo_engine.parallel import before_processes_meet
+from ppo_engine.plan import Schedule, check, check_batches, check_lengths, schedule
 from ppo_engine.spec import (
     Hyperparameters,
     Issue,
@@ -91,7 +92,8 @@ class PPOConfig(TrainingArguments):
         if self.activation_checkpointing is None:  # TRL's name is transformers' deprecated alias
             self.activation_checkpointing = self.gradient_checkpointing
             self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs
-        super().__post_init__()
+        before_processes_meet()
+        super().__post_init__()  # type: ignore[no-untyped-call]
         issues = [*refused_arguments(self), *check_hyperparameters(hyperparameters(self))]
         if issues:
             raise SpecError(issues)
@@ -142,17 +144,23 @@ def hyperparameters(args: PPOConfig) -> Hyperparameters:
         raise SpecError(issues_of(error, given)) from None
 
 
-def check_args(args: PPOConfig, prompts: int) -> tuple[Hyperparameters, Schedule]:
-    """The hyperparameters and the derived sizes of a script's arguments, for a number of prompts.
+def check_args(args: PPOConfig, prompts: int, model: ModelFacts) -> tuple[Hyperparameters, Schedule]:
+    """The hyperparameters and the derived sizes of a script's arguments, for a number of prompts and a model.
 
     Raises:
         SpecError: they break a rule, or a derived size is given that differs.
     """
     ppo = hyperparameters(args)
-    issues = [*check_hyperparameters(ppo), *check_batches(ppo, args.world_size, prompts)]
+    world_size = args.world_size
+    assert world_size is not None, "read, it is the number of processes"
+    issues = [
+        *check_hyperparameters(ppo),
+        *check_batches(ppo, world_size, prompts),
+        *check_lengths(ppo, model),
+    ]
     if issues:
         raise SpecError(issues)
-    derived = schedule(ppo, args.world_size, prompts)
+    derived = schedule(ppo, world_size, prompts)
     issues = [
         Issue(loc=(name,), msg=f"{given} given; it is derived, and is {size}: leave it out.")
         for name, size in derived.model_dump(exclude={"total_episodes", "optimizer_steps"}).items()
@@ -165,7 +173,7 @@ def check_args(args: PPOConfig, prompts: int) -> tuple[Hyperparameters, Schedule
 
 
 def _set_world_size(args: PPOConfig, given: int | None) -> None:
-    args.given_world_size = given
+    vars(args)["given_world_size"] = given
 
 
 # TRL's argument hides a property of TrainingArguments that Trainer needs: what is given is kept beside it,

@@ -99,7 +99,7 @@ class Learner:
         *,
         with_value: bool,
     ) -> TokenOutputs:
-        """One forward over some rows of a batch; no rows: over a made-up one, to keep step with the others."""
+        """One forward over some rows of a batch; no rows: over a made-up one, to keep step with others."""
         batch = collate(prompt_ids, response_ids, rows, 0, self.parallel.device)
         outputs: TokenOutputs = module(
             batch.input_ids_BT,
@@ -172,7 +172,7 @@ class Learner:
         return stats
 
     def _losses(self, experience: Experience, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """A micro-batch's loss summed over its tokens, and its statistics. No rows: all zero, with a graph."""
+        """A micro-batch's loss summed over its tokens, and statistics. No rows: all zero, with a graph."""
         outputs = self.token_outputs(
             self.module, experience.prompt_ids, experience.response_ids, rows, with_value=True
         )
@@ -208,6 +208,6 @@ class Learner:
         self._skipped = 0 if grad_norm is not None else self._skipped + 1
         if self._skipped >= _MAX_SKIPPED:
             raise NotFinite(
-                f"loss or gradients were not finite in {self._skipped} optimizer steps in a row; none of them was "
+                f"loss or gradients were not finite in {self._skipped} optimizer steps in a row; none was "
                 "applied: lower learning_rate, or look at the rewards."
             )

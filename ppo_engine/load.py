@@ -78,7 +78,7 @@ def load(spec: RunSpec) -> Loaded:
     name, revision = locate(spec.model)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
-        model = AutoModelForCausalLM.from_pretrained(
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(
             name, revision=revision, dtype=_policy_dtype(spec), use_safetensors=True
         )
     except (OSError, ValueError) as error:
@@ -126,8 +126,9 @@ def _with_adapters(model: nn.Module, spec: RunSpec, lora: Lora, revision: str | 
     try:
         if isinstance(policy, PeftModel):
             policy.add_adapter(trained, config)
-            return policy
-        return get_peft_model(policy, config, adapter_name=trained)
+        else:
+            policy = get_peft_model(policy, config, adapter_name=trained)
+        return policy  # type: ignore[no-any-return]
     except ValueError as error:
         raise SpecError([Issue(loc=("method", "target_modules"), msg=str(error))]) from error
 

@@ -7,6 +7,7 @@ This module knows no PPO.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -18,6 +19,18 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 _T = TypeVar("_T")
+
+
+def before_processes_meet() -> None:
+    """Keep DeepSpeed on a CPU from compiling an operator of its own, which gloo does without.
+
+    The compilation takes most of a minute, and fails where there is no C++ compiler.
+    """
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true" or torch.cuda.is_available():
+        return
+    import deepspeed.ops  # noqa: PLC0415  (an optional dependency)
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 class Parallel:
@@ -39,6 +52,7 @@ class Parallel:
         """Wrap the trained module and its optimizer. DeepSpeed's own accumulation is off: we accumulate."""
         if self.zero_stage is not None:
             config = self.accelerator.state.deepspeed_plugin.deepspeed_config
+            config["train_batch_size"] = self.world_size
             config["train_micro_batch_size_per_gpu"] = 1
             config["gradient_accumulation_steps"] = 1
             config["gradient_clipping"] = self.max_grad_norm
@@ -105,7 +119,7 @@ class Parallel:
         """Sum over processes."""
         if self.world_size == 1:
             return tensor
-        total: Tensor = self.accelerator.reduce(tensor, reduction="sum")  # type: ignore[assignment]
+        total: Tensor = self.accelerator.reduce(tensor, reduction="sum")
         return total
 
     def any(self, flag: bool) -> bool:

@@ -19,6 +19,7 @@ from ppo_engine.spec import Issue, Loc, SpecError, shown
 
 DataCollator: TypeAlias = Callable[..., Mapping[str, Any]]
 
+_MAX_ID = 2**31  # tokenizers refuse larger ones with an exception of their own
 _MAX_ISSUES = 10  # rows that are named; the others are counted
 
 
@@ -117,8 +118,9 @@ def _given_ids(given: Any, data_collator: DataCollator | None) -> list[int]:
         ids = [operator.index(token) for token in given]
     except TypeError:
         raise _BadRow(f"has the input_ids {shown(given)}; give a list of whole numbers.") from None
-    if min(ids, default=0) < 0:
-        raise _BadRow(f"has the token id {min(ids)}; ids begin at 0.")
+    wrong = [token for token in ids if not 0 <= token < _MAX_ID]
+    if wrong:
+        raise _BadRow(f"has the token id {wrong[0]}; ids go from 0 to the model's vocabulary.")
     return ids if data_collator is None else _collated(ids, data_collator)
 
 

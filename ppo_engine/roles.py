@@ -16,6 +16,7 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 
 from ppo_engine.actor_critic import causal_lm, output_logits, trunk
+from ppo_engine.facts import ModelFacts, TokenizerFacts
 
 DEFAULT_ADAPTER = "default"
 
@@ -37,7 +38,7 @@ def build_policy(model: nn.Module, peft_config: PeftConfig | None, adapter: str 
                 "model is a PeftModel and peft_config is given too; merge and unload the model's adapter "
                 "first, or leave peft_config out to train the adapter it has."
             )
-        model = get_peft_model(model, peft_config, adapter_name=adapter or DEFAULT_ADAPTER)  # type: ignore[arg-type]
+        model = get_peft_model(model, peft_config, adapter_name=adapter or DEFAULT_ADAPTER)
     if isinstance(model, PeftModel):
         train_adapter(model, adapter or DEFAULT_ADAPTER)
     return model
@@ -59,6 +60,21 @@ def require_adapter(policy: nn.Module, adapter: str, field: str) -> None:
         )
 
 
+def facts_of(model: nn.Module, tokenizer: Any) -> ModelFacts:
+    """What the rules of a plan need of a loaded policy."""
+    config = causal_lm(model).config.get_text_config()
+    return ModelFacts(
+        model_type=config.model_type,
+        vocab_size=config.vocab_size,
+        context_length=getattr(config, "max_position_embeddings", None),
+        tokenizer=TokenizerFacts(
+            pad_token=tokenizer.pad_token,
+            eos_token=tokenizer.eos_token,
+            chat_template=bool(tokenizer.chat_template),
+        ),
+    )
+
+
 def frozen_copy(model: nn.Module) -> nn.Module:
     """A copy whose weights will not be trained: the reference of full fine-tuning."""
     return copy.deepcopy(model).requires_grad_(False)
@@ -77,10 +93,10 @@ def disable_dropout(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
-def recompute_activations(model: nn.Module, kwargs: dict[str, Any] | None) -> None:
+def recompute_activations(model: nn.Module, kwargs: dict[str, Any] | str | None) -> None:
     """Keep few activations for the backward pass, and compute the others again."""
-    enable: Any = causal_lm(model).gradient_checkpointing_enable
-    enable(gradient_checkpointing_kwargs=kwargs or {"use_reentrant": False})
+    enable: Any = causal_lm(model).activation_checkpointing_enable
+    enable(activation_checkpointing_kwargs=kwargs or {"use_reentrant": False})
 
 
 def set_modes(model: nn.Module) -> None:
@@ -146,7 +162,7 @@ def check_output_layer(policy: nn.Module) -> None:
     Raises:
         ValueError: the architecture changes its logits in a way this engine does not know.
     """
-    model: Any = causal_lm(policy)
+    model: Any = causal_lm(policy).eval()
     ids = torch.arange(4, device=model.device)[None]
     own = model(input_ids=ids, use_cache=False).logits.float()
     ours = output_logits(model)(trunk(model)(input_ids=ids, use_cache=False).last_hidden_state)

@@ -18,7 +18,7 @@ from typing import Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
-from ppo_engine.spec import Issue, RunSpec, parse
+from ppo_engine.spec import Issue, RunSpec, SpecError, parse
 
 MANIFEST = "manifest.json"
 
@@ -113,8 +113,12 @@ class RunDir:
         write_atomic(self.spec, spec.model_dump_json(indent=2).encode())
 
     def read_spec(self) -> RunSpec:
-        """Raises SpecError when the spec breaks a rule."""
-        return parse(json.loads(self.spec.read_bytes()))
+        """Raises SpecError when the file is not JSON, or the spec breaks a rule."""
+        try:
+            raw = json.loads(self.spec.read_bytes())
+        except ValueError as error:
+            raise SpecError([Issue(loc=(), msg=f"{self.spec.name} is not JSON: {error}.")]) from None
+        return parse(raw)
 
     def write_control(self, control: Control) -> None:
         write_atomic(self.control, control.model_dump_json().encode())

@@ -8,10 +8,10 @@ This module knows no torch, no files, no network.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
+import regex
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, JsonValue, ValidationError
 
 SPEC_VERSION: Literal[1] = 1
@@ -440,11 +440,11 @@ def _check_rewards(rewards: Sequence[RewardPart]) -> Iterator[Issue]:
 
 def _check_pattern(reward: Regex, index: int) -> Iterator[Issue]:
     try:
-        re.compile(reward.pattern)
-    except re.error as error:
+        regex.compile(reward.pattern)
+    except regex.error as error:
         yield Issue(
             loc=("rewards", index, "pattern"),
-            msg=f"{shown(reward.pattern)} given; not a regular expression of Python's re: {error}.",
+            msg=f"{shown(reward.pattern)} given; not a regular expression of Python's regex module: {error}.",
         )
 
 

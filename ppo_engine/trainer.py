@@ -7,6 +7,7 @@ schedule, callbacks, reporting, saving.
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerState
@@ -44,6 +46,7 @@ from ppo_engine.roles import (
     check_output_layer,
     check_value_model,
     disable_dropout,
+    facts_of,
     frozen_copy,
     generation_mode,
     recompute_activations,
@@ -52,6 +55,7 @@ from ppo_engine.roles import (
     set_modes,
 )
 from ppo_engine.rollout.collect import Collector
+from ppo_engine.run_dir import complete_updates
 from ppo_engine.spec import Loc
 
 _SAMPLES_SHOWN = 5
@@ -87,7 +91,13 @@ class PPOTrainer(Trainer):
         ValueError, TypeError: roles that do not fit together.
     """
 
-    _tag_names = ("proxima", "ppo")
+    args: PPOConfig
+    model: ActorCritic
+    model_wrapped: nn.Module
+    deepspeed: Any
+    optimizer: torch.optim.Optimizer
+    lr_scheduler: torch.optim.lr_scheduler.LambdaLR
+    state: PPOTrainerState
 
     def __init__(
         self,
@@ -111,7 +121,7 @@ class PPOTrainer(Trainer):
                 "model and ref_model are the same object, so the reference would move with the policy; "
                 "give a copy, or None to have one made (with adapters: the base serves as the reference)."
             )
-        self.ppo, self.plan = check_args(args, len(train_dataset))
+        self.ppo, self.plan = check_args(args, len(train_dataset), facts_of(model, processing_class))
         self.stop_token_id = _stop_token_id(args, processing_class)
         set_seed(args.seed)
         policy = build_policy(model, peft_config, args.model_adapter_name)
@@ -119,16 +129,16 @@ class PPOTrainer(Trainer):
         if args.ref_adapter_name is not None:
             require_adapter(policy, args.ref_adapter_name, "ref_adapter_name")
         check_value_model(value_model)
-        check_output_layer(policy)
         if ref_model is None and not self.is_peft_model:
             ref_model = frozen_copy(policy)
         self.ref_model = ref_model
         for role in (policy, ref_model, value_model):
             if role is not None:
                 disable_dropout(role)
+        check_output_layer(policy)
         for trained in (policy, value_model):
             if trained is not None and args.gradient_checkpointing:
-                recompute_activations(trained, args.gradient_checkpointing_kwargs)
+                recompute_activations(trained, args.activation_checkpointing_kwargs)
         if self.stop_token_id is not None:
             causal_lm(policy).generation_config.eos_token_id = self.stop_token_id
         actor_critic = ActorCritic(policy, value_model, value_head=True)
@@ -209,7 +219,9 @@ class PPOTrainer(Trainer):
 
     # The loop ------------------------------------------------------------------------------------------
 
-    def train(self, resume_from_checkpoint: str | Path | bool | None = None, **_: Any) -> TrainOutput:
+    def train(  # type: ignore[override]  # PPO has no trials and no keys to ignore
+        self, resume_from_checkpoint: str | Path | bool | None = None
+    ) -> TrainOutput:
         """Run all updates that are left.
 
         resume_from_checkpoint: a checkpoint's directory; True: the newest whole one in `output_dir`.
@@ -235,8 +247,8 @@ class PPOTrainer(Trainer):
     def _begin(self, resume_from_checkpoint: str | Path | bool | None) -> None:
         self.is_in_train = True
         self.state.max_steps = self.plan.num_total_batches
-        self.state.num_train_epochs = self.plan.total_episodes / len(self.prompts)
-        self.state.compute_steps(self.args, self.plan.num_total_batches)
+        self.state.num_train_epochs = math.ceil(self.plan.total_episodes / len(self.prompts))
+        self.state.compute_steps(self.args, self.plan.num_total_batches)  # type: ignore[no-untyped-call]
         directory = self._checkpoint_to_resume(resume_from_checkpoint)
         if directory is not None:
             self.load_checkpoint(directory)
@@ -261,7 +273,7 @@ class PPOTrainer(Trainer):
         experience, kl_BR = experience_of(rollout, scores, tokens, self.ppo)
         clock.lap("scoring")
         # 6. The optimizer steps.
-        learning_rate = self.lr_scheduler.get_last_lr()[0]
+        learning_rate = float(self.lr_scheduler.get_last_lr()[0])
         stats = self.learner.update(experience, update)
         self.lr_scheduler.step()
         clock.lap("update")
@@ -348,11 +360,16 @@ class PPOTrainer(Trainer):
         for sample in samples:
             self.accelerator.print(f"[{sample['score']:.3f}] {sample['prompt']!r} -> {sample['response']!r}")
 
+    @property
+    def _output_dir(self) -> Path:
+        assert self.args.output_dir is not None, "TrainingArguments gives it a default"
+        return Path(self.args.output_dir)
+
     # Saving --------------------------------------------------------------------------------------------
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the policy alone, with its tokenizer: an adapter, or a model. Every process calls this."""
-        directory = Path(output_dir or self.args.output_dir)
+        directory = Path(output_dir or self._output_dir)
         checkpoint.save_policy(
             directory,
             self.parallel,
@@ -404,17 +421,17 @@ class PPOTrainer(Trainer):
         }
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        root = Path(self.args.output_dir)
+        root = self._output_dir
         self.save_checkpoint(root / f"update-{self.state.global_step}")
         if self.args.push_to_hub:
-            self.save_model(self.args.output_dir)
+            self.save_model(str(self._output_dir))
         if self.parallel.is_main and self.args.save_total_limit:
-            for update in checkpoint.complete_updates(root)[: -self.args.save_total_limit]:
+            for update in complete_updates(root)[: -self.args.save_total_limit]:
                 shutil.rmtree(root / f"update-{update}")
 
     def _checkpoint_to_resume(self, resume_from_checkpoint: str | Path | bool | None) -> Path | None:
         if resume_from_checkpoint is True:
-            return checkpoint.newest_whole(Path(self.args.output_dir), self.accelerator.print)
+            return checkpoint.newest_whole(self._output_dir, self.accelerator.print)
         return Path(resume_from_checkpoint) if resume_from_checkpoint else None
 
 

@@ -23,7 +23,7 @@ EXIT_ABANDONED = 75
 
 
 class Watch:
-    """Looks out for reasons to stop, from the moment it is made.
+    """Looks out for reasons to stop, inside its context.
 
     progress: updates completed, for the result that is written when the process ends itself.
     """
@@ -34,8 +34,16 @@ class Watch:
         self._parent = os.getppid()
         self._signalled = False
         self._abandoned_since: float | None = None
-        signal.signal(signal.SIGTERM, self._on_signal)
+        self._over = threading.Event()
+
+    def __enter__(self) -> Watch:
+        self._handler = signal.signal(signal.SIGTERM, self._on_signal)
         threading.Thread(target=self._look_out, name="watch", daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        signal.signal(signal.SIGTERM, self._handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._signalled = True
@@ -54,8 +62,7 @@ class Watch:
 
     def _look_out(self) -> None:
         """Runs in a thread of its own, since an update, or a collective, may take long or for ever."""
-        while True:
-            time.sleep(_POLL_SECONDS)
+        while not self._over.wait(_POLL_SECONDS):
             try:
                 reason = self.reason()
             except (OSError, ValidationError):

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-from torch import nn
 
 from ppo_engine import spec
 from ppo_engine.rewards import plugin
 from ppo_engine.rewards.contract import Reward, RewardBatch, RewardError
-from ppo_engine.rewards.function import named
 from ppo_engine.rewards.length import LengthReward
 from ppo_engine.rewards.model import ModelReward
 from ppo_engine.rewards.regex import RegexReward
@@ -28,7 +25,6 @@ __all__ = [
     "Scorer",
     "Scores",
     "build",
-    "build_scorer",
 ]
 
 
@@ -78,34 +74,4 @@ def _load_model(reward: spec.ModelReward, device: torch.device | str, dtype: tor
     name, revision = (source.path, None) if source.type == "local" else (source.repo, source.revision)
     return ModelReward.load(
         name, revision=revision, chat_template=reward.chat_template, dtype=dtype, device=device
-    )
-
-
-def build_scorer(
-    rewards: nn.Module | Reward | Sequence[nn.Module | Reward] | Scorer,
-    tokenizer: Any,
-    device: torch.device | str,
-) -> Scorer:
-    """The rewards that a script hands to the trainer; several have equal weights.
-
-    A module is a sequence-classification model that shares the policy's tokenizer: it is moved to `device`
-    and scores the policy's ids.
-
-    Raises:
-        ValueError: no rewards. RewardError: a model that cannot score. TypeError: neither model nor callable.
-    """
-    if isinstance(rewards, Scorer):
-        return rewards
-    given = list(rewards) if isinstance(rewards, Sequence) else [rewards]
-    if not given:
-        raise ValueError("reward_model is empty; give at least one reward model or function.")
-    return Scorer(
-        named(
-            [
-                ModelReward(reward.to(device), tokenizer, shares_ids=True)
-                if isinstance(reward, nn.Module)
-                else reward
-                for reward in given
-            ]
-        )
     )

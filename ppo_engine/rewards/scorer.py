@@ -87,7 +87,7 @@ def ask(named: NamedReward, batch: RewardBatch) -> list[float] | list[list[float
     try:
         answer = named.reward(batch)
     except RewardError as error:
-        raise RewardError(f"Reward {shown(named.name)}: {error}") from error.__cause__
+        raise RewardError(f"Reward {shown(named.name)}: {error}") from error
     except Exception as error:  # a reward is anybody's code; whatever it raises ends the run with its name
         raise RewardError(f"Reward {shown(named.name)} failed: {type(error).__name__}: {error}") from error
     return _Answer(named.name, batch).checked(answer)

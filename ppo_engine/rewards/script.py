@@ -1,7 +1,12 @@
-"""What a script hands to `PPOTrainer` as its reward → one `Scorer`."""
+"""What a script hands to `PPOTrainer` as its reward → one `Scorer`.
+
+A function gets one argument, the `RewardBatch`, and nothing else: further columns stand in `batch.columns`.
+So a plug-in's reward can be handed over as it is.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
@@ -9,7 +14,6 @@ import torch
 from torch import nn
 
 from ppo_engine.rewards.contract import Reward
-from ppo_engine.rewards.function import named
 from ppo_engine.rewards.model import ModelReward
 from ppo_engine.rewards.scorer import NamedReward, Scorer
 
@@ -17,24 +21,55 @@ ScriptReward: TypeAlias = nn.Module | Reward | NamedReward
 
 
 def scorer_of(
-    rewards: ScriptReward | Sequence[ScriptReward] | Scorer, tokenizer: Any, device: torch.device
+    rewards: ScriptReward | Sequence[ScriptReward] | Scorer, tokenizer: Any, device: torch.device | str
 ) -> Scorer:
-    """Of a model that shares the policy's tokenizer, a function, or several; a `NamedReward` has a weight.
+    """Of a model, a function, or several.
+
+    A module is a sequence-classification model that shares the policy's tokenizer; it is moved to `device`.
+    A `NamedReward` has a name and a weight; others weigh 1 and have a function's own name, made unique.
 
     Raises:
-        TypeError, ValueError: one of them is no reward.
+        TypeError: one of them is neither. ValueError: there are none, or two of the same given name.
+        RewardError: a model that cannot score.
     """
     if isinstance(rewards, Scorer):
         return rewards
     several = list(rewards) if isinstance(rewards, Sequence) else [rewards]
     if not several:
         raise ValueError("reward_model is an empty list; give at least one reward.")
-    plain = [reward for reward in several if not isinstance(reward, NamedReward)]
-    given_names = [reward for reward in several if isinstance(reward, NamedReward)]
-    return Scorer([*given_names, *named([_callable(reward, tokenizer, device) for reward in plain])])
+    taken = [reward.name for reward in several if isinstance(reward, NamedReward)]
+    if len(set(taken)) != len(taken):
+        raise ValueError(f"reward_model has rewards of the names {taken}; each needs a name of its own.")
+    named: list[NamedReward] = []
+    for reward in several:
+        if not isinstance(reward, NamedReward):
+            function = _callable(reward, tokenizer, device)
+            reward = NamedReward(_unique(_name(function), taken), function)
+            taken.append(reward.name)
+        named.append(reward)
+    return Scorer(named)
 
 
-def _callable(reward: nn.Module | Reward, tokenizer: Any, device: torch.device) -> Reward:
-    if not isinstance(reward, nn.Module):
-        return reward
-    return ModelReward(reward.to(device), tokenizer, shares_ids=True)
+def _callable(reward: nn.Module | Reward, tokenizer: Any, device: torch.device | str) -> Reward:
+    if isinstance(reward, nn.Module):
+        return ModelReward(reward.to(device), tokenizer, shares_ids=True)
+    if not callable(reward):
+        raise TypeError(
+            f"A {type(reward).__name__} given as a reward; give a sequence-classification model, or a "
+            "callable that takes a RewardBatch and returns one number per row, or one per response token."
+        )
+    return reward
+
+
+def _name(reward: Reward) -> str:
+    if isinstance(reward, ModelReward):
+        return "model"
+    name: str = getattr(reward, "__name__", type(reward).__name__)
+    return re.sub(r"[^A-Za-z0-9_-]+", "_", name).strip("_") or "reward"
+
+
+def _unique(name: str, taken: Sequence[str]) -> str:
+    candidate, number = name, 2
+    while candidate in taken:
+        candidate, number = f"{name}_{number}", number + 1
+    return candidate

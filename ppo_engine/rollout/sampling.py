@@ -50,15 +50,20 @@ def sample(logits_BV: Tensor, uniforms_B: Tensor, temperature: float) -> Tensor:
 
 
 def _invert(probabilities_BV: Tensor, cdf_BV: Tensor, targets_B: Tensor) -> Tensor:
-    """The first token of positive probability whose cdf exceeds the target.
+    """The first token whose cdf exceeds the target, or the last, where rounding puts the target at the end.
 
-    The probability is asked for because a parallel cumulative sum may rise where it is zero. Where rounding
-    puts the target at the total, the last token of positive probability is taken.
+    Should that one be of probability zero, the last possible token before it: a cumulative sum made in
+    parallel may rise by a rounding error where nothing is added.
     """
-    possible_BV = probabilities_BV > 0
-    hits_BV = possible_BV & (cdf_BV > targets_B[:, None])
-    last_B = possible_BV.shape[1] - 1 - possible_BV.flip(-1).int().argmax(-1)
-    return torch.where(hits_BV.any(-1), hits_BV.int().argmax(-1), last_B)
+    found_B = torch.searchsorted(cdf_BV, targets_B[:, None], right=True).squeeze(-1)
+    found_B = found_B.clamp(max=cdf_BV.shape[1] - 1)
+    is_possible_B = probabilities_BV.gather(-1, found_B[:, None]).squeeze(-1) > 0
+    if bool(is_possible_B.all()):
+        return found_B
+    token_V = torch.arange(cdf_BV.shape[1], device=cdf_BV.device)
+    possible_BV = (probabilities_BV > 0) & (token_V <= found_B[:, None])
+    nearest_B = torch.where(possible_BV, token_V, -1).amax(-1)
+    return torch.where(is_possible_B, found_B, nearest_B)
 
 
 def _require_numbers(values_B: Tensor) -> None:

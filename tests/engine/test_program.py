@@ -1,0 +1,370 @@
+"""`python -m ppo_engine` as its worker uses it: a real process, killed, stopped, and resumed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from ppo_engine.__main__ import main
+from ppo_engine.events import Event, read_complete
+from ppo_engine.run_dir import Acks, Control, Reason, Result, RunDir
+from tests.engine import tiny
+from tests.engine.training import PROMPTS, make_run
+
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+UPDATES = 6
+PATIENCE = 120.0
+
+
+def command(run_dir: RunDir, attempt: int = 1) -> list[str]:
+    return [sys.executable, "-m", "ppo_engine", str(run_dir.path), "--attempt", str(attempt)]
+
+
+@contextmanager
+def engine(
+    run_dir: RunDir, attempt: int = 1, around: list[str] | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A running engine; its output goes to engine.log, and it is gone afterwards."""
+    with run_dir.log.open("ab") as log:
+        process = subprocess.Popen(
+            [*(around or []), *command(run_dir, attempt)], env=ENVIRONMENT, stdout=log, stderr=log
+        )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def finish(run_dir: RunDir, attempt: int = 1) -> Result:
+    """Run to the end, in this process; what the engine says of it."""
+    main([str(run_dir.path), "--attempt", str(attempt)])
+    result = run_dir.read_result()
+    assert result is not None
+    return result
+
+
+def events(run_dir: RunDir) -> list[Event]:
+    return read_complete(run_dir.events)[0]
+
+
+def keys(run_dir: RunDir) -> list[str]:
+    return [event.key for event in events(run_dir)]
+
+
+def wait_until(condition: Callable[[], Any], process: subprocess.Popen[bytes]) -> None:
+    """Poll, since a file is what the engine speaks through; fail when it ends first, or takes too long."""
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert process.poll() is None, "the engine ended first"
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def timeless(run_dir: RunDir) -> list[dict[str, Any]]:
+    """The events, without what no repeated run repeats."""
+    kept = [event.model_dump(exclude={"time"}) for event in events(run_dir)]
+    for event in kept:
+        event["data"] = {n: v for n, v in event["data"].items() if not n.startswith("time/") and n != "eps"}
+    return kept
+
+
+def digest(run_dir: RunDir, update: int = UPDATES) -> str:
+    return hashlib.sha256((run_dir.export(update) / "adapter_model.safetensors").read_bytes()).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, policy_dir: Path) -> RunDir:
+    """A run that nobody interrupted."""
+    run_dir = make_run(tmp_path_factory.mktemp("whole") / "run", policy_dir)
+    with engine(run_dir) as process:
+        assert process.wait(PATIENCE) == 0, run_dir.log.read_text()
+    return run_dir
+
+
+def test_a_run_says_what_it_does(whole: RunDir) -> None:
+    said = events(whole)
+
+    assert [event.type for event in said][0] == "started"
+    assert [event.key for event in said if event.type == "metrics"] == [f"metrics:{n}" for n in range(1, 7)]
+    assert [event.update for event in said if event.type == "checkpoint"] == [2, 4, 6]
+    assert said[-1].type == "finished"
+    assert len({event.key for event in said}) == len(said)
+    samples = next(event for event in said if event.type == "samples").data["samples"]
+    assert isinstance(samples, list)
+    assert set(samples[0]) == {"prompt", "response", "score"}  # type: ignore[arg-type]
+    plan = said[0].data["plan"]
+    assert isinstance(plan, dict)
+    assert plan["num_total_batches"] == UPDATES
+    assert whole.read_result() == Result(
+        outcome="succeeded", reason="finished", update=6, message="All 6 updates are done."
+    )
+
+
+def test_checkpoints_are_few_and_exports_hold_the_policy_alone(whole: RunDir) -> None:
+    assert whole.complete_checkpoints() == [4, 6]
+    assert whole.complete_exports() == [2, 4, 6]
+    weights = load_file(whole.export(6) / "adapter_model.safetensors")
+    assert all("lora_" in name for name in weights)
+    assert not [path for path in whole.path.rglob("*partial*")]
+    adapter = json.loads((whole.export(6) / "adapter_config.json").read_text())
+    assert adapter["r"] == 4
+    assert json.loads((whole.export(6) / "generation_config.json").read_text())["eos_token_id"] == 15
+
+
+@pytest.mark.parametrize("moment", ["metrics:1", "samples:3", "metrics:4", "checkpoint:4", "metrics:6"])
+def test_a_killed_run_resumes_to_the_same_bytes(
+    tmp_path: Path, policy_dir: Path, whole: RunDir, moment: str
+) -> None:
+    run_dir = make_run(tmp_path / "run", policy_dir)
+    with engine(run_dir) as process:
+        wait_until(lambda: moment in keys(run_dir), process)
+    assert run_dir.read_result() is None
+
+    assert finish(run_dir).outcome == "succeeded"
+    assert digest(run_dir) == digest(whole)
+    assert timeless(run_dir) == timeless(whole)
+
+
+def test_another_attempt_goes_on_in_another_directory(
+    tmp_path: Path, policy_dir: Path, whole: RunDir
+) -> None:
+    run_dir = make_run(tmp_path / "a2", policy_dir)
+    run_dir.checkpoints.mkdir()
+    shutil.copytree(whole.checkpoint(4), run_dir.checkpoint(4))
+
+    assert finish(run_dir, attempt=2).outcome == "succeeded"
+    assert digest(run_dir) == digest(whole)
+    assert keys(run_dir)[:2] == ["rewound:a2:4", "checkpoint:4"]
+    assert events(run_dir)[0].data == {"to": 4}
+    assert run_dir.complete_exports() == [4, 6]  # the checkpoint's export may never have been taken away
+    assert [key for key in keys(run_dir) if key.startswith("metrics")] == ["metrics:5", "metrics:6"]
+
+
+def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, policy_dir: Path, whole: RunDir) -> None:
+    run_dir = RunDir(tmp_path / "run")
+    shutil.copytree(whole.path, run_dir.path)
+    state = run_dir.checkpoint(6) / "training_state.pt"
+    state.write_bytes(state.read_bytes()[:-1] + b"x")
+    (run_dir.checkpoints / ".update-8.partial").mkdir()
+
+    assert finish(run_dir).outcome == "succeeded"
+    assert digest(run_dir) == digest(whole)
+    warning = next(event for event in events(run_dir) if event.type == "warning")
+    assert "update-6 is damaged" in str(warning.data["message"])
+
+
+@pytest.mark.parametrize(("wanted", "reason"), [("pause", "pause"), ("cancel", "cancel")])
+def test_what_is_wanted_is_done_at_the_end_of_the_update(
+    tmp_path: Path, policy_dir: Path, whole: RunDir, wanted: Any, reason: Reason
+) -> None:
+    run_dir = make_run(tmp_path / "run", policy_dir, ppo={"save_steps": 100})
+    with engine(run_dir) as process:
+        wait_until(lambda: "metrics:1" in keys(run_dir), process)
+        run_dir.write_control(Control(wanted=wanted))
+        process.wait(PATIENCE)
+    result = run_dir.read_result()
+
+    assert result is not None
+    assert (result.outcome, result.reason) == ("stopped", reason)
+    assert 1 < result.update < UPDATES
+    assert run_dir.complete_checkpoints() == run_dir.complete_exports() == [result.update]
+    run_dir.write_control(Control(wanted="run"))
+    assert finish(run_dir).outcome == "succeeded"
+    assert digest(run_dir) == digest(whole)
+
+
+def test_sigterm_stops_with_a_checkpoint(tmp_path: Path, policy_dir: Path) -> None:
+    run_dir = make_run(tmp_path / "run", policy_dir)
+    with engine(run_dir) as process:
+        wait_until(lambda: "metrics:1" in keys(run_dir), process)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(PATIENCE) == 0
+    result = run_dir.read_result()
+
+    assert result is not None
+    assert (result.outcome, result.reason) == ("stopped", "sigterm")
+    assert run_dir.complete_checkpoints()[-1] == result.update
+
+
+def test_a_run_whose_lease_is_over_stops_by_itself(tmp_path: Path, policy_dir: Path) -> None:
+    run_dir = make_run(tmp_path / "run", policy_dir)
+    run_dir.write_control(Control(lease_until=time.time() - 1))
+    with engine(run_dir) as process:
+        process.wait(PATIENCE)
+    result = run_dir.read_result()
+
+    assert result is not None
+    assert (result.outcome, result.reason) == ("stopped", "lease")
+    assert result.update <= 1
+
+
+def test_a_run_whose_parent_is_gone_stops_by_itself(tmp_path: Path, policy_dir: Path) -> None:
+    run_dir = make_run(tmp_path / "run", policy_dir, ppo={"total_episodes": 16 * 500})
+    shell = ["sh", "-c", '"$@" & wait', "sh"]
+    with engine(run_dir, around=shell) as parent:
+        wait_until(lambda: "metrics:1" in keys(run_dir), parent)
+        parent.kill()
+    deadline = time.monotonic() + PATIENCE
+    while run_dir.read_result() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    result = run_dir.read_result()
+
+    assert result is not None
+    assert (result.outcome, result.reason) == ("stopped", "parent")
+
+
+def test_checkpoints_that_are_not_safe_elsewhere_stay(tmp_path: Path, policy_dir: Path) -> None:
+    run_dir = make_run(tmp_path / "run", policy_dir, ppo={"save_steps": 1})
+    run_dir.write_acks(Acks())
+    with engine(run_dir) as process:
+        wait_until(lambda: "metrics:3" in keys(run_dir), process)
+        assert run_dir.complete_checkpoints() == [1, 2]  # the third waits until the first is safe
+        assert "checkpoint:3" not in keys(run_dir)
+        run_dir.write_acks(Acks(checkpoints=tuple(range(1, UPDATES + 1))))
+        process.wait(PATIENCE)
+    assert run_dir.complete_checkpoints() == [5, 6]
+
+
+# What cannot be ----------------------------------------------------------------------------------------
+
+
+def change_spec(run_dir: RunDir, **changes: Any) -> None:
+    run_dir.spec.write_text(json.dumps({**json.loads(run_dir.spec.read_text()), **changes}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason", "loc", "words"),
+    [
+        ({"colour": "red"}, "spec", ("colour",), "unknown field"),
+        ({"model": {"type": "local", "path": "/nowhere"}}, "spec", ("model",), "not a directory"),
+        ({"prompts": {"train": "file_2"}}, "spec", ("prompts", "train"), "no file_2.jsonl"),
+        (
+            {"method": {"type": "lora", "target_modules": ["c_attn"]}},
+            "spec",
+            ("method", "target_modules", 0),
+            "c_attn",
+        ),
+        (
+            {"rewards": [{"type": "plugin", "name": "x", "plugin": "nobody"}]},
+            "spec",
+            ("rewards", 0, "plugin"),
+            "nobody",
+        ),
+    ],
+)
+def test_a_run_that_cannot_be_says_why(
+    tmp_path: Path, policy_dir: Path, changes: dict[str, Any], reason: str, loc: tuple[Any, ...], words: str
+) -> None:
+    run_dir = make_run(tmp_path / "run", policy_dir)
+    change_spec(run_dir, **changes)
+    result = finish(run_dir)
+
+    assert (result.outcome, result.reason) == ("failed", reason)
+    assert [issue.loc for issue in result.issues] == [loc]
+    assert words in result.issues[0].msg
+
+
+def test_prompts_that_leave_no_room_are_named(tmp_path: Path, policy_dir: Path) -> None:
+    run_dir = make_run(tmp_path / "run", policy_dir)
+    rows = [PROMPTS[0], {"prompt": "one " * 30}, *PROMPTS[:30]]
+    run_dir.data("file_1").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = finish(run_dir)
+
+    assert (result.outcome, result.reason) == ("failed", "spec")
+    assert result.issues[0].loc == ("prompts", "train")
+    assert "Row 1 " in result.issues[0].msg
+    assert "31 tokens" in result.issues[0].msg
+
+
+def test_a_checkpoint_of_another_spec_is_refused(tmp_path: Path, whole: RunDir) -> None:
+    run_dir = RunDir(tmp_path / "run")
+    shutil.copytree(whole.path, run_dir.path)
+    spec = json.loads(run_dir.spec.read_text())
+    change_spec(run_dir, ppo={**spec["ppo"], "gamma": 0.5})
+    result = finish(run_dir)
+
+    assert result.outcome == "failed"
+    assert "gamma: 1.0 then, 0.5 now" in result.message
+
+
+# Several processes -------------------------------------------------------------------------------------
+
+LAUNCH = [
+    *(sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1"),
+    *("--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no", "--no_python"),
+]
+
+
+def two_processes(run_dir: RunDir, *kind: str) -> Result:
+    with engine(run_dir, around=[*LAUNCH, *kind]) as process:
+        process.wait(4 * PATIENCE)
+    result = run_dir.read_result()
+    assert result is not None, run_dir.log.read_text()
+    assert result.outcome == "succeeded", result
+    return result
+
+
+def metrics(run_dir: RunDir, name: str) -> list[Any]:
+    return [event.data[name] for event in events(run_dir) if event.type == "metrics"]
+
+
+SAME = {"total_episodes": 32, "save_steps": 1, "num_mini_batches": 2}
+
+
+def half(ppo: dict[str, Any]) -> dict[str, Any]:
+    return {**ppo, "gradient_accumulation_steps": 2}
+
+
+def test_two_processes_train_as_one_does(tmp_path: Path, policy_dir: Path) -> None:
+    one = make_run(tmp_path / "one", policy_dir, ppo=SAME)
+    two = make_run(tmp_path / "two", policy_dir, ppo=half(SAME), resources={"gpus": 2})
+    assert finish(one).outcome == "succeeded"
+    two_processes(two, "--multi_gpu")
+
+    assert metrics(one, "objective/scores") == metrics(two, "objective/scores")
+    for name in ("loss/policy_avg", "loss/value_avg", "policy/grad_norm", "objective/kl"):
+        assert metrics(one, name) == pytest.approx(metrics(two, name), rel=1e-3, abs=1e-5), name
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_zero_3_trains_as_one_process_does_and_saves_the_policy_whole(
+    tmp_path: Path, policy_dir: Path, method: str
+) -> None:
+    one = make_run(tmp_path / "one", policy_dir, ppo=SAME, method={"type": method})
+    two = make_run(
+        tmp_path / "two",
+        policy_dir,
+        ppo=half(SAME),
+        method={"type": method},
+        resources={"gpus": 2, "zero_stage": 3},
+    )
+    assert finish(one).outcome == "succeeded"
+    two_processes(two, "--use_deepspeed", "--zero_stage", "3")
+
+    assert metrics(one, "policy/grad_norm") == pytest.approx(metrics(two, "policy/grad_norm"), rel=1e-2)
+    file = "adapter_model.safetensors" if method == "lora" else "model.safetensors"
+    alone, sharded = load_file(one.export(1) / file), load_file(two.export(1) / file)
+    assert alone.keys() == sharded.keys()
+    for name, weight in alone.items():
+        assert weight.shape == sharded[name].shape
+        assert weight.sub(sharded[name]).abs().max() < 1e-2, name
+    assert not any(name.startswith("value") or "score" in name for name in sharded)
+    assert (
+        len(tiny.WORDS) in {shape for weight in sharded.values() for shape in weight.shape}
+        or method == "lora"
+    )

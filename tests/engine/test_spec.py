@@ -1,0 +1,118 @@
+"""The rules of a spec: each wrong field is named with what was given, the rule, and the fix."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from ppo_engine.spec import SPEC_VERSION, Lora, RunSpec, SpecError, parse, upgrade
+
+
+def raw(**changes: Any) -> dict[str, Any]:
+    """A spec that keeps every rule, with changes."""
+    return {
+        "model": {"type": "local", "path": "walks"},
+        "prompts": {"train": "file_1"},
+        "rewards": [{"type": "length", "name": "short", "target": 5}],
+        **changes,
+    }
+
+
+def issues(spec: object) -> dict[str, str]:
+    with pytest.raises(SpecError) as error:
+        parse(spec)
+    return {".".join(map(str, issue.loc)): issue.msg for issue in error.value.issues}
+
+
+def test_a_spec_needs_a_model_prompts_and_rewards_only() -> None:
+    spec = parse(raw())
+
+    assert isinstance(spec.method, Lora)
+    assert spec.method.value.type == "head"
+    assert parse(spec.model_dump(mode="json")) == spec
+    assert RunSpec.model_validate_json(spec.model_dump_json()) == spec
+
+
+@pytest.mark.parametrize(
+    ("changes", "loc", "words"),
+    [
+        ({"optimiser": "adam"}, "optimiser", ['"adam"', "unknown field"]),
+        ({"method": {"type": "lora", "rank": 8}}, "method.rank", ["8", "unknown field"]),
+        ({"method": {"type": "lora", "r": "8"}}, "method.r", ['"8"', "integer"]),
+        ({"method": {"type": "lora", "target_modules": []}}, "method.target_modules", ["[]", "at least 1"]),
+        ({"ppo": {"cliprange": -0.1}}, "ppo.cliprange", ["-0.1", "greater than 0"]),
+        ({"ppo": {"missing_eos_penalty": -1.0}}, "ppo.missing_eos_penalty", ["-1.0", "greater than 0"]),
+        ({"ppo": {"missing_eos_penalty": 1.0}}, "ppo.missing_eos_penalty", ["1.0", "stop_token"]),
+        ({"ppo": {"learning_rate": float("nan")}}, "ppo.learning_rate", ["NaN", "finite"]),
+        (
+            {"ppo": {"stop_token": "eos", "stop_token_id": 0}},
+            "ppo.stop_token_id",
+            ["0", '"eos"', "exclude each other"],
+        ),
+        ({"ppo": {"eval_steps": 5}}, "ppo.eval_steps", ["5", "prompts.eval"]),
+        (
+            {"method": {"type": "full"}, "ppo": {"ref_adapter_name": "sft"}},
+            "ppo.ref_adapter_name",
+            ['"sft"', "full fine-tuning"],
+        ),
+        ({"ppo": {"ref_adapter_name": "sft"}}, "ppo.ref_adapter_name", ['"sft"', "method.adapters"]),
+        ({"rewards": []}, "rewards", ["[]", "at least 1"]),
+        (
+            {"rewards": [{"type": "lenght", "name": "x", "target": 5}]},
+            "rewards.0",
+            ["lenght", "'model', 'string_check', 'regex', 'length', 'plugin'"],
+        ),
+        (
+            {"rewards": [{"type": "regex", "name": "x", "pattern": "("}]},
+            "rewards.0.pattern",
+            ['"("', "regular expression"],
+        ),
+        (
+            {"rewards": [{"type": "string_check", "name": "x"}]},
+            "rewards.0.reference",
+            ["null", "exactly one"],
+        ),
+        ({"prompts": {"train": "../../etc/passwd"}}, "prompts.train", ["../../etc/passwd"]),
+        ({"model": {"type": "hub", "repo": "nobody"}}, "model.repo", ['"nobody"']),
+    ],
+)
+def test_a_broken_rule_names_field_value_and_rule(
+    changes: dict[str, Any], loc: str, words: list[str]
+) -> None:
+    found = issues(raw(**changes))
+
+    assert list(found) == [loc]
+    assert all(word in found[loc] for word in words), found[loc]
+
+
+def test_two_rewards_of_one_name_are_refused() -> None:
+    reward = {"type": "length", "name": "short", "target": 5}
+
+    assert '"short"' in issues(raw(rewards=[reward, reward]))["rewards.1.name"]
+
+
+def test_every_wrong_field_is_told_at_once() -> None:
+    found = issues(raw(model=3, ppo={"gamma": 2.0, "lam": -1.0}, colour="red"))
+
+    assert set(found) == {"model", "ppo.gamma", "ppo.lam", "colour"}
+
+
+@pytest.mark.parametrize("given", [None, 3, [], "spec", {}])
+def test_what_is_no_spec_is_refused(given: object) -> None:
+    assert issues(given)
+
+
+def test_an_older_version_is_read_and_a_newer_one_refused() -> None:
+    assert upgrade(raw(), SPEC_VERSION) == raw()
+    with pytest.raises(SpecError, match="version"):
+        upgrade(raw(), SPEC_VERSION + 1)
+
+
+@pytest.mark.parametrize("module", ["", ".spec", ".facts", ".plan", ".events", ".run_dir", ".watch"])
+def test_the_contract_loads_no_torch(module: str) -> None:
+    program = f"import sys, ppo_engine{module}; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
