@@ -439,7 +439,6 @@ def _stop_token_id(args: PPOConfig, tokenizer: Any) -> int | None:
     """The id responses end after; None: they have full length."""
     if args.stop_token is None:
         return args.stop_token_id
-    if tokenizer.eos_token_id is None:
-        raise ValueError("stop_token is 'eos', and the tokenizer has no eos token; give stop_token_id.")
-    eos_token_id: int = tokenizer.eos_token_id
+    eos_token_id: int | None = tokenizer.eos_token_id
+    assert eos_token_id is not None, "the rules ask for it"
     return eos_token_id

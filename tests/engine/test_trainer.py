@@ -222,7 +222,8 @@ def test_with_lora_only_adapter_and_value_head_are_trained(tmp_path: Path) -> No
         ({"value_model": tiny.policy()}, ValueError, "value_model"),
         ({"changes": {"ref_adapter_name": "sft"}}, ValueError, "ref_adapter_name.*sft"),
         ({"changes": {"stop_token": "eos"}}, SpecError, "stop_token_id"),
-        ({"changes": {"response_length": 40}}, SpecError, "train_dataset"),
+        ({"changes": {"response_length": 40}}, SpecError, "response_length.*32 positions"),
+        ({"changes": {"response_length": 31}}, SpecError, "train_dataset.*Row 0"),
     ],
 )
 def test_a_wrong_argument_says_so(

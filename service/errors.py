@@ -1,0 +1,150 @@
+"""One tree of refusals: what a request, or a move in the store, may not do, and the status that tells it.
+
+A message says what was given, the rule, and the fix; it is shown to users as it stands. This module knows
+status codes as numbers only, and no framework.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+from ppo_engine.spec import Issue
+
+
+class ServiceError(Exception):
+    """Base of all refusals.
+
+    status: of the HTTP answer. code: the reason as a word for programs, stable.
+    retryable: whether the same request may succeed when it is sent again unchanged.
+    detail: for people. issues: the fields that are wrong, where it is about fields.
+    """
+
+    status: ClassVar[int] = 400
+    code: ClassVar[str] = "bad_request"
+    retryable: ClassVar[bool] = False
+
+    def __init__(self, detail: str, issues: Sequence[Issue] = ()) -> None:
+        super().__init__(detail)
+        self.detail = detail
+        self.issues = tuple(issues)
+
+
+class UnknownCursor(ServiceError):
+    """`after` names nothing in this list."""
+
+    code = "unknown_cursor"
+
+    def __init__(self, after: str, of: str) -> None:
+        msg = f"{after!r} is no id in this list of {of}; give the id of the last item you have of it."
+        super().__init__(msg, [Issue(loc=("after",), msg=msg)])
+
+
+class Unauthenticated(ServiceError):
+    """The request has no key that opens anything."""
+
+    status = 401
+    code = "unauthenticated"
+
+
+class MissingKey(Unauthenticated):
+    code = "missing_api_key"
+
+    def __init__(self) -> None:
+        super().__init__("No API key was given; send the header 'Authorization: Bearer pxm_…'.")
+
+
+class MalformedKey(Unauthenticated):
+    """What was given cannot be a key, by its form or its checksum."""
+
+    code = "malformed_api_key"
+
+    def __init__(self) -> None:
+        super().__init__("What was given is not an API key: a key begins with 'pxm_'. Was all of it copied?")
+
+
+class UnknownKey(Unauthenticated):
+    code = "unknown_api_key"
+
+    def __init__(self) -> None:
+        super().__init__("This API key is not known here.")
+
+
+class RevokedKey(Unauthenticated):
+    code = "revoked_api_key"
+
+    def __init__(self) -> None:
+        super().__init__("This API key was revoked; ask for a new one.")
+
+
+class NotFound(ServiceError):
+    """Nothing by this id in the caller's project. kind: `job`, `file`, `checkpoint`, … why: what there is."""
+
+    status = 404
+    code = "not_found"
+
+    def __init__(self, kind: str, id: str, why: str = "") -> None:
+        super().__init__(f"There is no {kind} {id!r} in this project{f': {why}' if why else ''}.")
+        self.kind = kind
+        self.id = id
+
+
+class Conflict(ServiceError):
+    """The request contradicts the state of things."""
+
+    status = 409
+    code = "conflict"
+
+
+class WrongState(Conflict):
+    """A job is not in a state in which this can be done."""
+
+    code = "wrong_state"
+
+    def __init__(self, job_id: str, state: str, action: str, rule: str) -> None:
+        super().__init__(f"Job {job_id} is {state} and cannot be {action}: {rule}.")
+
+
+class FileInUse(Conflict):
+    """A file of prompts that a job will still read."""
+
+    code = "file_in_use"
+
+    def __init__(self, file_id: str, job_ids: Sequence[str]) -> None:
+        jobs = ", ".join(job_ids)
+        super().__init__(f"File {file_id} is used by {jobs}; cancel these jobs, or wait for their end.")
+
+
+class RequestInFlight(Conflict):
+    """The first request with this idempotency key has not been answered yet."""
+
+    code = "idempotency_in_flight"
+    retryable = True
+
+    def __init__(self, key: str) -> None:
+        super().__init__(f"A request with Idempotency-Key {key!r} is being answered; repeat it in a moment.")
+
+
+class Invalid(ServiceError):
+    """Fields that break a rule."""
+
+    status = 422
+    code = "invalid_request"
+
+
+class KeyReused(Invalid):
+    """An idempotency key that was sent with another body before."""
+
+    code = "idempotency_key_reused"
+
+    def __init__(self, key: str) -> None:
+        msg = f"{key!r} was sent with another body in the last 24 hours; give every new request a new key."
+        super().__init__(f"Idempotency-Key {msg}", [Issue(loc=("Idempotency-Key",), msg=msg)])
+
+
+class Unavailable(ServiceError):
+    """Something the service stands on does not answer."""
+
+    status = 503
+    code = "unavailable"
+    retryable = True

@@ -1,0 +1,95 @@
+"""From the spec a user sent to the run that will be: parsed, its files and models found, planned.
+
+Every rule it applies is the engine's own; what this module adds is where things are looked up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import anyio.to_thread
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from ppo_engine.plan import Plan, plan
+from ppo_engine.spec import Issue, Loc, RunSpec, SpecError, parse, shown
+from service import models
+from service.errors import Invalid, NotFound
+from service.settings import Settings
+from service.specs import unstorable
+from service.store import files
+from service.store.session import Store
+
+ROOT: Loc = ("spec",)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A run that can be. spec: with real paths and every default."""
+
+    spec: RunSpec
+    plan: Plan
+
+
+class Planner:
+    """Turns specs into runs, for one installation's models and files."""
+
+    def __init__(self, settings: Settings, store: Store) -> None:
+        self._roots: tuple[Path, ...] = settings.model_roots
+        self._allow_hub = settings.allow_hub_models
+        self._store = store
+
+    async def plan(self, project_id: str, raw: Mapping[str, Any]) -> Planned:
+        """Plan a spec for a project.
+
+        Raises:
+            Invalid: with every issue found, by the path of its field from the body.
+        """
+        try:
+            return await self._plan(project_id, raw)
+        except SpecError as error:
+            issues = [Issue(loc=ROOT + issue.loc, msg=issue.msg) for issue in error.issues]
+            raise invalid(issues) from None
+
+    async def _plan(self, project_id: str, raw: Mapping[str, Any]) -> Planned:
+        if issues := list(unstorable(raw)):
+            raise SpecError(issues)
+        given = parse(raw)
+        async with self._store.read() as session:
+            rows, issues = await _find_prompts(session, project_id, given)
+        # Disks may be slow, and are not to be waited for on the event loop.
+        return await anyio.to_thread.run_sync(self._fit, given, rows, issues)
+
+    def _fit(self, given: RunSpec, prompts: int | None, issues: list[Issue]) -> Planned:
+        try:
+            spec = models.resolve(given, self._roots, allow_hub=self._allow_hub)
+        except SpecError as error:
+            raise SpecError([*issues, *error.issues]) from None
+        if issues:
+            raise SpecError(issues)
+        return Planned(spec, plan(spec, models.read_facts(spec, given, prompts)))
+
+
+def invalid(issues: list[Issue]) -> Invalid:
+    """A refusal that names the first fields in its sentence, and all of them in its issues."""
+    more = f"; and {len(issues) - 3} more" if len(issues) > 3 else ""
+    return Invalid("; ".join(map(str, issues[:3])) + more, issues)
+
+
+async def _find_prompts(
+    session: AsyncSession, project_id: str, spec: RunSpec
+) -> tuple[int | None, list[Issue]]:
+    """The number of rows to train on, and what is wrong with the files named."""
+    rows: dict[str, int] = {}
+    issues: list[Issue] = []
+    for field, file_id in (("train", spec.prompts.train), ("eval", spec.prompts.eval)):
+        if file_id is None:
+            continue
+        try:
+            rows[field] = (await files.get_file(session, project_id, file_id)).rows
+        except NotFound:
+            msg = f"{shown(file_id)} given; this project has no such file: upload it, and give its id."
+            issues.append(Issue(loc=("prompts", field), msg=msg))
+    return rows.get("train"), issues

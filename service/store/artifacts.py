@@ -1,0 +1,116 @@
+"""What a job has made: sets of files that lie in storage, each recorded once all its bytes are safe there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pydantic import JsonValue
+from sqlalchemy import Select, delete, select
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from ppo_engine.run_dir import ManifestFile
+from service.store import events
+from service.store.events import Draft
+from service.store.fence import Fence, lock
+from service.store.ids import new_id
+from service.store.models import Artifact, ArtifactKind, Job
+from service.store.types import moment
+
+
+async def record(
+    session: AsyncSession,
+    fence: Fence,
+    kind: ArtifactKind,
+    update: int,
+    files: Sequence[ManifestFile],
+    key_prefix: str,
+    metrics: Mapping[str, JsonValue] | None = None,
+) -> Artifact:
+    """Make a set of files known, with its event. The same set recorded again replaces the row, silently.
+
+    Raises:
+        FenceLost: the attempt is over; nothing was written.
+    """
+    job = await lock(session, fence)
+    artifact = Artifact(
+        id=new_id("artifact"),
+        job_id=job.id,
+        kind=kind,
+        update=update,
+        attempt=job.attempt,
+        key_prefix=key_prefix,
+        files=[file.model_dump() for file in files],
+        metrics=dict(metrics or {}),
+        created_at=moment(),
+    )
+    await session.execute(delete(Artifact).where(*_same(artifact)))
+    session.add(artifact)
+    await session.flush()
+    await session.refresh(artifact)
+    await events.append(session, job, [_event(artifact)])
+    return artifact
+
+
+def _same(artifact: Artifact) -> tuple[Any, ...]:
+    return (
+        Artifact.job_id == artifact.job_id,
+        Artifact.kind == artifact.kind,
+        Artifact.update == artifact.update,
+        Artifact.attempt == artifact.attempt,
+    )
+
+
+def _event(artifact: Artifact) -> Draft:
+    data: dict[str, JsonValue] = {
+        "kind": artifact.kind,
+        "update": artifact.update,
+        "bytes": sum(file["size"] for file in artifact.files),
+    }
+    key = f"artifact:{artifact.kind}:a{artifact.attempt}:{artifact.update}"
+    return Draft("artifact", artifact.update, data, key)
+
+
+def _of(project_id: str, job_id: str, kind: ArtifactKind) -> Select[Artifact]:
+    """The artifacts of a kind, newest first."""
+    return (
+        select(Artifact)
+        .join(Job)
+        .where(Job.project_id == project_id, Artifact.job_id == job_id, Artifact.kind == kind)
+        .order_by(Artifact.update.desc(), Artifact.attempt.desc())
+    )
+
+
+async def list_artifacts(
+    session: AsyncSession, project_id: str, job_id: str, kind: ArtifactKind
+) -> list[Artifact]:
+    """The newest artifact of a kind for each update, by update."""
+    newest: dict[int, Artifact] = {}
+    for artifact in await session.scalars(_of(project_id, job_id, kind)):
+        newest.setdefault(artifact.update, artifact)
+    return [newest[update] for update in sorted(newest)]
+
+
+async def get(
+    session: AsyncSession, project_id: str, job_id: str, kind: ArtifactKind, update: int
+) -> Artifact | None:
+    """The artifact of a kind after an update, of the newest attempt that made it."""
+    return await session.scalar(_of(project_id, job_id, kind).where(Artifact.update == update).limit(1))
+
+
+async def latest(session: AsyncSession, project_id: str, job_id: str, kind: ArtifactKind) -> Artifact | None:
+    """The artifact of a kind that is furthest."""
+    return await session.scalar(_of(project_id, job_id, kind).limit(1))
+
+
+async def forget_older(session: AsyncSession, fence: Fence, kind: ArtifactKind, keep: int) -> list[Artifact]:
+    """Forget a job's artifacts of a kind but the `keep` furthest. The bytes of those returned are the
+    caller's to delete, after the commit.
+
+    Raises:
+        FenceLost: the attempt is over; nothing was forgotten.
+    """
+    job = await lock(session, fence)
+    old = list(await session.scalars(_of(job.project_id, job.id, kind).offset(keep)))
+    await session.execute(delete(Artifact).where(Artifact.id.in_([artifact.id for artifact in old])))
+    return old

@@ -1,0 +1,41 @@
+"""The embedded stack, once for all end-to-end tests, with a small model that jobs may name."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from randomwalks.client import Proxima
+from randomwalks.stack import Service, running
+
+from tests.engine import tiny
+
+TINY = "tiny"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    """Here, and in the engines, which inherit this environment."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory whose models jobs may name; `TINY` is a Llama of two layers."""
+    directory = tmp_path_factory.mktemp("models")
+    tiny.save(tiny.policy(), tiny.tokenizer(), directory / TINY)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def service(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    with running(tmp_path_factory.mktemp("stack"), models) as service:
+        yield service
+
+
+@pytest.fixture
+def proxima(service: Service) -> Iterator[Proxima]:
+    with Proxima(service.url, service.key) as proxima:
+        yield proxima

@@ -1,0 +1,83 @@
+"""The demo, interrupted: whenever that is, none of its processes is left."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.worker.waiting import nothing_left, until
+
+PATIENCE_SECONDS = 300.0
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+class Demo:
+    """The demo as a process of its own, with what it has printed so far."""
+
+    def __init__(self, directory: Path) -> None:
+        self.place, self.output = directory / "place", directory / "output"
+        command = [sys.executable, "-m", "randomwalks.demo", "--keep", str(self.place)]
+        with self.output.open("wb") as output:
+            self.process = subprocess.Popen(command, stdout=output, stderr=output, env=ENVIRONMENT)
+
+    def printed(self, text: str) -> bool:
+        assert self.process.poll() is None, self.output.read_text()
+        return text in self.output.read_text()
+
+    def has_children(self) -> bool:
+        assert self.process.poll() is None, self.output.read_text()
+        return bool(psutil.Process(self.process.pid).children())
+
+
+@pytest.fixture
+def demo(tmp_path: Path) -> Iterator[Demo]:
+    demo = Demo(tmp_path)
+    yield demo
+    demo.process.kill()
+    demo.process.wait()
+
+
+MOMENTS: dict[str, Callable[[Demo], bool]] = {
+    "the stack starts": Demo.has_children,
+    "the policy is fitted": lambda demo: demo.printed("Proxima listens at"),
+    "the job runs": lambda demo: demo.printed("update 1/"),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_ctrl_c_leaves_no_process(demo: Demo, moment: str) -> None:
+    until(lambda: MOMENTS[moment](demo), moment, PATIENCE_SECONDS)
+    below = psutil.Process(demo.process.pid).children(recursive=True)
+    assert below
+    demo.process.send_signal(signal.SIGINT)
+    assert demo.process.wait(PATIENCE_SECONDS) == 130
+    assert not psutil.wait_procs(below, timeout=PATIENCE_SECONDS)[1]
+    nothing_left(str(demo.place))
+
+
+def test_an_impatient_ctrl_c_leaves_no_process_either(demo: Demo) -> None:
+    until(lambda: demo.printed("Proxima listens at"), "the stack is up", PATIENCE_SECONDS)
+    while demo.process.poll() is None:
+        demo.process.send_signal(signal.SIGINT)
+        psutil.wait_procs([psutil.Process(demo.process.pid)], timeout=0.05)
+    nothing_left(str(demo.place))
+
+
+def test_sigterm_leaves_no_process(demo: Demo) -> None:
+    until(lambda: demo.printed("Proxima listens at"), "the stack is up", PATIENCE_SECONDS)
+    demo.process.terminate()
+    assert demo.process.wait(PATIENCE_SECONDS) == 130
+    nothing_left(str(demo.place))
+
+
+def test_a_directory_that_holds_something_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "something").touch()
+    command = [sys.executable, "-m", "randomwalks.demo", "--keep", str(tmp_path)]
+    refused = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert refused.returncode == 2
+    assert "not empty" in refused.stderr

@@ -1,0 +1,31 @@
+"""Starting and stopping the stack around the demo: signals that come at the worst moment."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from randomwalks import stack
+
+
+def test_a_signal_waits_until_the_lines_are_done() -> None:
+    done = []
+    with pytest.raises(KeyboardInterrupt), stack.held_back((signal.SIGINT,)):  # noqa: PT012 - the point
+        os.kill(os.getpid(), signal.SIGINT)
+        done.append(1)
+    assert done == [1]
+
+
+def test_without_a_signal_nothing_happens_and_the_handler_is_back() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with stack.held_back((signal.SIGINT,)):
+        assert signal.getsignal(signal.SIGINT) is not before
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_stack_that_cannot_start_says_what_it_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PROXIMA_LEASE_SECONDS", "-1")
+    with pytest.raises(stack.StackFailed, match="lease_seconds"), stack.running(tmp_path, tmp_path):
+        pytest.fail("it started")

@@ -1,0 +1,154 @@
+"""The database or the storage goes away while a job runs: nothing is lost, and no attempt is spent."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+
+import pytest
+from sqlalchemy import make_url
+
+from service.store.session import Store
+from tests.worker.fleet import Fleet
+from tests.worker.proxy import Proxy, proxy
+from tests.worker.stand_in import chain
+from tests.worker.waiting import eventually
+
+pytestmark = pytest.mark.anyio
+
+ENDLESS = ("--updates", 1_000_000, "--seconds", 0.05)
+
+
+@asynccontextmanager
+async def far_away(fleet: Fleet) -> AsyncIterator[tuple[Store, Proxy]]:
+    """The fleet's database, by a way that can be cut."""
+    url = make_url(fleet.settings.database_url)
+    async with proxy(url.host or "", url.port or 5432) as way:
+        far = url.set(host="127.0.0.1", port=way.port)
+        store = Store.open(far.render_as_string(hide_password=False))
+        yield store, way
+        await store.close()
+
+
+async def test_a_short_outage_of_the_database_changes_nothing(production: Fleet) -> None:
+    job_id = await production.submit()
+    async with (
+        far_away(production) as (store, way),
+        production.working("--updates", 60, "--save-every", 60, "--seconds", 0.05, store=store),
+    ):
+        await production.gets_to(job_id, 3)
+        await way.cut()
+        at = await production.said_on_disk(job_id, beyond=(await production.job(job_id)).update + 5)
+        assert (await production.job(job_id)).update < at, "nothing reaches the database"
+        await way.join()
+
+    job = await production.job(job_id)
+    assert (job.state, job.attempt) == ("succeeded", 1)
+    metrics = [event.update for event in await production.events(job_id, "metrics")]
+    assert metrics == list(range(1, 61)), "what was said meanwhile came later"
+
+
+async def test_a_long_outage_of_the_database_makes_the_engine_save_and_stop(production: Fleet) -> None:
+    job_id = await production.submit()
+    async with (
+        far_away(production) as (store, way),
+        production.working(*ENDLESS, store=store, lease_seconds=3.0),
+    ):
+        await production.gets_to(job_id, 3)
+        await way.cut()
+        await production.engine_ended()
+        await way.join()
+        await production.gets_to(job_id, 1, attempt=2)
+        await production.wish(job_id, "cancel")
+
+    states = [
+        (event.data["state"], event.data.get("reason")) for event in await production.events(job_id, "state")
+    ]
+    assert states[2:] == [("queued", "database"), ("running", None), ("cancelled", None)]
+    first = [event for event in await production.events(job_id, "metrics") if event.attempt == 1]
+    [rewound] = await production.events(job_id, "rewound")
+    assert rewound.data["to"] == first[-1].update, (
+        "saved in time, stored after the outage, and nothing done twice"
+    )
+
+
+async def test_without_the_database_nothing_is_claimed_and_nothing_breaks(production: Fleet) -> None:
+    job_id = await production.submit()
+    async with far_away(production) as (store, way):
+        await way.cut()
+        await production.work(store=store)
+        await way.join()
+        await production.work("--updates", 1, store=store)
+    assert (await production.job(job_id)).state == "succeeded"
+
+
+@contextmanager
+def storage_away(fleet: Fleet) -> Iterator[None]:
+    """Nothing can be stored: where the directory was, there is a file."""
+    place = fleet.settings.data_dir / "storage"
+    aside = place.with_name("storage-aside")
+    place.rename(aside)
+    place.touch()
+    yield
+    place.unlink()
+    aside.rename(place)
+
+
+async def test_an_outage_of_the_storage_delays_the_end_and_no_more(embedded: Fleet) -> None:
+    job_id = await embedded.submit()
+    async with embedded.working("--updates", 8, "--save-every", 4, "--seconds", 0.05):
+        await embedded.gets_to(job_id, 1)
+        with storage_away(embedded):
+            await embedded.gets_to(job_id, 8)
+            assert (await embedded.job(job_id)).state == "running", "not before the policy is safe"
+
+    job = await embedded.job(job_id)
+    assert (job.state, job.attempt) == ("succeeded", 1)
+    [*_, last] = await embedded.artifacts(job_id, "export")
+    assert json.loads(await embedded.content(last, "adapter.json"))["state"] == chain(8)
+
+
+async def test_a_job_whose_prompts_cannot_be_had_waits_for_them(embedded: Fleet) -> None:
+    job_id = await embedded.submit()
+    async with embedded.working("--updates", 1):
+        with storage_away(embedded):
+            await embedded.reaches(job_id, "running")
+    assert (await embedded.job(job_id)).state == "succeeded"
+
+
+async def test_a_damaged_checkpoint_in_storage_is_not_resumed_from(embedded: Fleet) -> None:
+    job_id = await embedded.submit()
+    async with embedded.working(*ENDLESS):
+        await embedded.has_checkpoint(job_id, 2)
+        await embedded.wish(job_id, "pause")
+    [*_, checkpoint] = await embedded.artifacts(job_id, "checkpoint")
+    file = embedded.settings.data_dir / "storage" / checkpoint.key_prefix / "state.json"
+    file.write_text("{}")
+
+    await embedded.wish(job_id, "run")
+    await embedded.work("--updates", 1)
+
+    job = await embedded.job(job_id)
+    assert (job.state, job.error_code) == ("failed", "worker_error")
+    assert await embedded.events(job_id, "rewound") == []
+
+
+async def test_leaving_does_not_wait_for_the_database_for_ever(production: Fleet) -> None:
+    job_id = await production.submit()
+    leaving: list[bool] = []
+
+    async def attempt_over() -> bool:
+        return not list(production.runs_dir.glob("*/*"))
+
+    async with far_away(production) as (store, way):
+        async with production.working(
+            *ENDLESS, store=store, stop_grace_seconds=1.0, leaving=lambda: bool(leaving)
+        ):
+            await production.gets_to(job_id, 3)
+            await way.cut()
+            leaving.append(True)
+            await eventually(attempt_over, "the attempt is given up")
+        await way.join()
+    assert (await production.job(job_id)).state == "running", "until its lease is over"
+    production.no_engine_left()

@@ -1,0 +1,263 @@
+"""One job, from its claim to its end: what a worker makes of an engine's ways."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import os
+import tarfile
+import threading
+from hashlib import sha256
+
+import pytest
+
+from tests.worker.fleet import SPEC, Fleet
+from tests.worker.stand_in import chain
+
+pytestmark = pytest.mark.anyio
+
+ENDLESS = ("--updates", 1_000_000, "--seconds", 0.02)
+
+
+async def test_a_job_runs_to_its_end(fleet: Fleet) -> None:
+    job_id = await fleet.submit()
+    await fleet.work("--updates", 5, "--save-every", 2)
+
+    job = await fleet.job(job_id)
+    assert (job.state, job.attempt, job.update, job.error_code) == ("succeeded", 1, 5, None)
+    assert job.total_updates == 16, "planned by the worker"
+    said = await fleet.events(job_id)
+    assert [event.seq for event in said] == list(range(1, len(said) + 1))
+    states = [event.data["state"] for event in said if event.type == "state"]
+    assert states == ["queued", "running", "succeeded"]
+    assert said[-1].type == "state", "nothing is said after the end"
+    metrics = [event for event in said if event.type == "metrics"]
+    assert [event.update for event in metrics] == [1, 2, 3, 4, 5]
+    assert metrics[0].data == {"objective/scores": 1.0, "nan": "NaN"}
+    assert list(fleet.runs_dir.iterdir()) == [], "run directories are removed"
+    fleet.no_engine_left()
+
+
+async def test_what_a_run_made_lies_in_storage(embedded: Fleet) -> None:
+    job_id = await embedded.submit()
+    await embedded.work("--updates", 7, "--save-every", 2)
+
+    exports = await embedded.artifacts(job_id, "export")
+    assert [export.update for export in exports] == [2, 4, 6, 7]
+    for export in exports:
+        for file in export.files:
+            content = await embedded.content(export, file["name"])
+            assert (len(content), sha256(content).hexdigest()) == (file["size"], file["sha256"])
+    policy = json.loads(await embedded.content(exports[-1], "adapter.json"))
+    assert policy == {"update": 7, "state": chain(7)}
+    assert exports[-1].metrics == {"objective/scores": 7.0}
+
+    checkpoints = await embedded.artifacts(job_id, "checkpoint")
+    assert [made.update for made in checkpoints] == [6, 7], "the newest two are kept"
+    kept = {path.parent.parent.name for path in (embedded.settings.data_dir / "storage").rglob("state.json")}
+    assert kept == {"update-6", "update-7"}, "the bytes of the others are gone, too"
+    assert "arguments" in await embedded.log(job_id)
+
+
+async def test_the_archive_holds_the_export_and_is_the_same_each_time(embedded: Fleet) -> None:
+    contents = []
+    for _ in range(2):
+        job_id = await embedded.submit()
+        await embedded.work("--updates", 2)
+        [archive] = await embedded.artifacts(job_id, "archive")
+        [file] = archive.files
+        contents.append(await embedded.content(archive, file["name"]))
+        assert sha256(contents[-1]).hexdigest() == file["sha256"]
+    assert contents[0] == contents[1]
+    with tarfile.open(fileobj=io.BytesIO(contents[0])) as tar:
+        assert tar.getnames() == ["adapter.json", "adapter_config.json"]
+        assert {member.mtime for member in tar.getmembers()} == {0}
+        assert json.load(tar.extractfile("adapter.json") or io.BytesIO())["state"] == chain(2)
+
+
+async def test_a_cancel_takes_effect_and_leaves_the_partial_policy(fleet: Fleet) -> None:
+    job_id = await fleet.submit()
+    async with fleet.working(*ENDLESS, "--rank"):
+        await fleet.gets_to(job_id, 3)
+        await fleet.wish(job_id, "cancel")
+
+    job = await fleet.job(job_id)
+    assert job.state == "cancelled"
+    [*_, last] = await fleet.artifacts(job_id, "archive")
+    assert last.update == job.update, "the policy at the moment of the stop"
+    [*_, finished] = await fleet.events(job_id, "finished")
+    assert finished.data == {"outcome": "stopped", "reason": "cancel"}
+    fleet.no_engine_left()
+
+
+async def test_a_pause_keeps_the_run_and_a_resume_goes_on(embedded: Fleet) -> None:
+    job_id = await embedded.submit()
+    async with embedded.working(*ENDLESS):
+        await embedded.gets_to(job_id, 3)
+        await embedded.wish(job_id, "pause")
+    paused = await embedded.job(job_id)
+    assert paused.state == "paused"
+
+    await embedded.wish(job_id, "run")
+    await embedded.work("--updates", paused.update + 2)
+
+    job = await embedded.job(job_id)
+    assert (job.state, job.attempt, job.update) == ("succeeded", 2, paused.update + 2)
+    [*_, last] = await embedded.artifacts(job_id, "export")
+    assert json.loads(await embedded.content(last, "adapter.json"))["state"] == chain(job.update)
+    assert [event.data["to"] for event in await embedded.events(job_id, "rewound")] == [paused.update]
+
+
+async def test_a_worker_that_is_to_leave_gives_the_job_back_unspent(embedded: Fleet) -> None:
+    job_id = await embedded.submit()
+    leaving = threading.Event()
+    async with embedded.working(*ENDLESS, "--rank", leaving=leaving.is_set):
+        await embedded.gets_to(job_id, 3)
+        leaving.set()
+
+    job = await embedded.job(job_id)
+    assert (job.state, job.stalled_attempts, job.worker) == ("queued", 0, None)
+    [*_, checkpoint] = await embedded.artifacts(job_id, "checkpoint")
+    assert checkpoint.update == job.update, "saved at the moment of the stop"
+    embedded.no_engine_left()
+
+
+async def test_a_worker_that_is_to_leave_claims_nothing(embedded: Fleet) -> None:
+    job_id = await embedded.submit()
+    await embedded.work(leaving=lambda: True)
+    assert (await embedded.job(job_id)).state == "queued"
+
+
+async def test_a_crash_fails_the_job_with_the_last_of_its_log(fleet: Fleet) -> None:
+    job_id = await fleet.submit()
+    await fleet.work("--crash-at", 3, "--updates", 9, "--rank")
+
+    job = await fleet.job(job_id)
+    assert (job.state, job.error_code, job.update) == ("failed", "crash", 3)
+    assert job.error_message == "The engine ended with exit status 3 and said nothing about why; see the log."
+    assert (job.error_log_tail or "").endswith("Traceback: the stand-in was told to crash")
+    assert [made.update for made in await fleet.artifacts(job_id, "export")] == [2]
+    fleet.no_engine_left()
+
+
+async def test_an_engine_that_is_killed_says_by_what(embedded: Fleet) -> None:
+    job_id = await embedded.submit()
+    await embedded.work("--die-at", 1)
+    job = await embedded.job(job_id)
+    assert (job.state, job.error_code) == ("failed", "crash")
+    assert "signal 9 (Killed)" in (job.error_message or "")
+
+
+async def test_a_failure_keeps_the_engines_reason(embedded: Fleet) -> None:
+    job_id = await embedded.submit()
+    await embedded.work("--fail-at", 2, "--reason", "oom")
+    job = await embedded.job(job_id)
+    assert (job.state, job.error_code) == ("failed", "oom")
+    assert job.error_message == "The stand-in ended: oom."
+    assert [event.update for event in await embedded.events(job.id, "metrics")] == [1, 2]
+
+
+async def test_after_a_failure_the_worker_takes_the_next_job(embedded: Fleet) -> None:
+    made = [await embedded.submit(), await embedded.submit()]
+    await embedded.work("--crash-at", 1)
+    assert [(await embedded.job(job_id)).error_code for job_id in made] == ["crash", "crash"]
+
+
+async def test_an_engine_that_ignores_the_stop_is_ended_after_the_grace_period(embedded: Fleet) -> None:
+    job_id = await embedded.submit()
+    async with embedded.working("--hang-at", 3, "--updates", 9, "--rank", stop_grace_seconds=0.5):
+        await embedded.gets_to(job_id, 3)
+        await embedded.wish(job_id, "cancel")
+
+    assert (await embedded.job(job_id)).state == "cancelled"
+    assert [made.update for made in await embedded.artifacts(job_id, "export")] == [2]
+    embedded.no_engine_left()
+
+
+async def test_a_cancel_is_heard_before_the_engine_starts(embedded: Fleet) -> None:
+    job_id = await embedded.submit()
+    config = embedded.settings.model_roots[0] / "tiny" / "config.json"
+    config.unlink()
+    os.mkfifo(config)  # whoever reads it waits
+    try:
+        async with embedded.working(*ENDLESS):
+            await embedded.reaches(job_id, "running")
+            await embedded.wish(job_id, "cancel")
+    finally:
+        config.open("wb").close()
+    assert (await embedded.job(job_id)).state == "cancelled"
+    assert await embedded.artifacts(job_id, "log") == []
+
+
+async def test_a_lost_fence_ends_the_engine_and_writes_nothing_more(fleet: Fleet) -> None:
+    job_id = await fleet.submit()
+    async with fleet.working(*ENDLESS, "--rank"):
+        await fleet.gets_to(job_id, 3)
+        await fleet.take_away(job_id)
+        before = len(await fleet.events(job_id))
+
+    job = await fleet.job(job_id)
+    assert (job.state, job.worker) == ("running", "somebody else")
+    assert len(await fleet.events(job_id)) == before
+    fleet.no_engine_left()
+
+
+async def test_garbage_among_the_events_ends_the_attempts(embedded: Fleet) -> None:
+    job_id = await embedded.submit()
+    await embedded.work("--garble-at", 0, "--save-every", 1_000_000, *ENDLESS)
+
+    job = await embedded.job(job_id)
+    assert (job.state, job.error_code, job.attempt) == ("failed", "worker_error", 3)
+    embedded.no_engine_left()
+
+
+async def test_what_only_the_worker_can_check_fails_the_job(embedded: Fleet) -> None:
+    job_id = await embedded.submit({**SPEC, "ppo": {**SPEC["ppo"], "response_length": 128}})
+    await embedded.work()
+
+    job = await embedded.job(job_id)
+    assert (job.state, job.error_code) == ("failed", "invalid_spec")
+    assert [issue["loc"] for issue in job.error_issues or []] == [["ppo", "response_length"]]
+    assert "128 given; the model has 128 positions" in (job.error_message or "")
+
+
+async def test_a_model_outside_the_allowed_roots_is_refused(embedded: Fleet) -> None:
+    job_id = await embedded.submit({**SPEC, "model": {"type": "local", "path": "/etc"}})
+    await embedded.work()
+    job = await embedded.job(job_id)
+    assert (job.state, job.error_code) == ("failed", "invalid_spec")
+    assert [issue["loc"] for issue in job.error_issues or []] == [["model", "path"]]
+
+
+async def test_without_a_gpu_nothing_is_claimed_unless_the_operator_allows_it(embedded: Fleet) -> None:
+    job_id = await embedded.submit()
+    await embedded.work(allow_cpu=False)
+    assert (await embedded.job(job_id)).state == "queued"
+
+
+async def test_the_engine_sees_nothing_of_the_workers_secrets(
+    embedded: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PROXIMA_DATABASE_URL", "postgresql://user:password@host/name")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    job_id = await embedded.submit()
+    await embedded.work()
+
+    told = json.loads((await embedded.log(job_id)).splitlines()[0])
+    names = set(told["environment"])
+    assert not [name for name in names if name.startswith(("PROXIMA", "AWS"))]
+    assert names & {"PATH", "OMP_NUM_THREADS"} == {"PATH", "OMP_NUM_THREADS"}
+    assert told["environment"]["CUDA_VISIBLE_DEVICES"] == ""
+    assert told["arguments"][-2:] == ["--attempt", "1"]
+
+
+async def test_an_ended_loop_leaves_no_engine(embedded: Fleet) -> None:
+    job_id = await embedded.submit()
+    task = asyncio.create_task(embedded.work(*ENDLESS, "--rank"))
+    await embedded.gets_to(job_id, 1)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert embedded.engines() == []

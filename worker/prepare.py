@@ -1,0 +1,111 @@
+"""What an attempt needs before its engine starts: its run directory, filled, and a spec that can be run.
+
+The rules are the engine's own, applied with all that this machine can tell of the models; the API has applied
+them with what it could see. This module starts no engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ppo_engine.plan import Plan, plan
+from ppo_engine.run_dir import MANIFEST, Manifest, RunDir, write_atomic
+from ppo_engine.spec import HubModel, Issue, Loc, LocalModel, RunSpec, SpecError, parse, upgrade
+from service import models
+from service.storage import Storage
+from service.store import files
+from service.store.models import Artifact, File
+from service.store.session import Store
+from service.store.transitions import Claim
+from worker.hub import Hub
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A filled run directory. spec: as the engine reads it, with real paths."""
+
+    spec: RunSpec
+    plan: Plan
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """Everything that preparing takes."""
+
+    store: Store
+    storage: Storage
+    hub: Hub
+    model_roots: tuple[Path, ...]
+    allow_hub_models: bool
+    gpus: int
+
+    async def fill(self, claim: Claim, run_dir: RunDir) -> Ready:
+        """Fill the run directory; it may be called again after an outage.
+
+        Raises:
+            SpecError: the spec breaks a rule that the API could not check.
+            ModelUnavailable: a model of the hub cannot be had.
+        """
+        given = parse(upgrade(claim.spec, claim.spec_version))
+        prompts = await self._fetch_prompts(claim, run_dir)
+        if claim.resume is not None:
+            await self._fetch_checkpoint(claim.resume, run_dir)
+        spec = models.resolve(given, self.model_roots, allow_hub=self.allow_hub_models)
+        ready = await self._check(spec, prompts[given.prompts.train].rows, run_dir)
+        await asyncio.to_thread(run_dir.write_spec, spec)
+        return ready
+
+    async def _fetch_prompts(self, claim: Claim, run_dir: RunDir) -> dict[str, File]:
+        async with self.store.read() as session:
+            found = await files.files_of(session, claim.project_id, claim.fence.job_id)
+        run_dir.data_dir.mkdir(exist_ok=True)
+        for file in found:
+            await self.storage.download_to(file.storage_key, run_dir.data(file.id), file.sha256)
+        return {file.id: file for file in found}
+
+    async def _fetch_checkpoint(self, resume: Artifact, run_dir: RunDir) -> None:
+        """The files first, the manifest last: without it there is no checkpoint."""
+        directory = run_dir.checkpoint(resume.update)
+        manifest = Manifest.model_validate(
+            {"update": resume.update, "files": resume.files, "metrics": resume.metrics}
+        )
+        for file in manifest.files:
+            target = directory / file.name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            await self.storage.download_to(resume.key_prefix + file.name, target, file.sha256)
+        write_atomic(directory / MANIFEST, manifest.model_dump_json(indent=2).encode())
+
+    async def _check(self, spec: RunSpec, prompts: int, run_dir: RunDir) -> Ready:
+        if self.gpus and spec.resources.gpus > self.gpus:
+            msg = f"{spec.resources.gpus} given; the worker that took the job has {self.gpus}: ask for fewer."
+            raise SpecError([Issue(loc=("resources", "gpus"), msg=msg)])
+        snapshots = await self._fetch_models(spec, run_dir)
+        return Ready(spec, await asyncio.to_thread(_plan, spec, snapshots, prompts))
+
+    async def _fetch_models(self, spec: RunSpec, run_dir: RunDir) -> dict[Loc, Path]:
+        """Where the hub's models lie on this machine, by their place in the spec."""
+        return {
+            loc: await self.hub.fetch(source, run_dir)
+            for loc, source in models.sources(spec)
+            if isinstance(source, HubModel)
+        }
+
+
+def _plan(spec: RunSpec, snapshots: Mapping[Loc, Path], prompts: int) -> Plan:
+    """Plan with the facts of all models, those of the hub read from their snapshots."""
+    raw = spec.model_dump(mode="json")
+    for loc, snapshot in snapshots.items():
+        _put(raw, loc, LocalModel(path=str(snapshot)).model_dump(mode="json"))
+    local = parse(raw)
+    return plan(spec, models.read_facts(local, local, prompts))
+
+
+def _put(raw: Any, loc: Loc, value: dict[str, Any]) -> None:
+    *steps, last = loc
+    for step in steps:
+        raw = raw[step]
+    raw[last] = value

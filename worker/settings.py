@@ -1,0 +1,30 @@
+"""The settings only a worker has, beside those it shares with the service. Same prefix: PROXIMA_.
+
+Lists are JSON: `PROXIMA_LAUNCHER='["srun", "--ntasks={processes}"]'`.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from pydantic import Field, PositiveFloat
+
+from service.settings import Settings
+
+
+class WorkerSettings(Settings):
+    """What a worker is given, and how it treats its engines."""
+
+    queue: str = "default"
+    """The queue whose jobs it takes."""
+    engine_command: tuple[str, ...] = Field(default=(sys.executable, "-m", "ppo_engine"), min_length=1)
+    """The engine; the run directory and the attempt are added."""
+    launcher: tuple[str, ...] = ()
+    """Command put in front of the engine's, with `{processes}` for their number, instead of what Proxima
+    would use: nothing for one process, `accelerate launch` for several."""
+    engine_environment: tuple[str, ...] = ()
+    """Names of further variables of the worker's environment that its engines get."""
+    stop_grace_seconds: PositiveFloat = 60.0
+    """How long an engine that is to stop may go on to the end of its update, and save."""
+    kill_grace_seconds: PositiveFloat = 10.0
+    """How long it may then take after SIGTERM, before it is killed."""

@@ -1,0 +1,191 @@
+"""Checkpoints, exports, and the log of a run, from its directory to storage.
+
+Bytes first, then the row that makes them known, then the ack that lets the engine delete its copy. What was
+interrupted is simply done again. Whatever is slow happens in threads or on the network: the beat goes on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import tarfile
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from ppo_engine.run_dir import Acks, Manifest, ManifestFile, RunDir, damage, read_manifest
+from service.storage import Storage
+from service.store import artifacts
+from service.store.session import Store
+from service.store.transitions import Fence
+from worker.outage import OUTAGE, first_line
+
+log = logging.getLogger(__name__)
+
+KEPT_CHECKPOINTS = 2
+LOG_SECONDS = 15.0
+LOG_BYTES = 8 * 1024 * 1024
+ARCHIVE = "export.tar"
+LOG = "engine.log"
+
+
+class Damaged(Exception):
+    """A file on the worker's disk is not what its manifest says; the attempt cannot be trusted."""
+
+
+class Uploads:
+    """Everything of one attempt that goes to storage.
+
+    resumed: the update of the checkpoint that the attempt began with; it is safe already.
+    """
+
+    def __init__(
+        self, store: Store, storage: Storage, fence: Fence, run_dir: RunDir, resumed: int | None
+    ) -> None:
+        self._store = store
+        self._storage = storage
+        self._fence = fence
+        self._run_dir = run_dir
+        self._prefix = f"jobs/{fence.job_id}/a{fence.attempt}/"
+        self._safe = set() if resumed is None else {resumed}
+        self._exported: set[int] = set()
+        self._log_size = 0
+        self._log_due = time.monotonic() + LOG_SECONDS
+        self._lock = asyncio.Lock()
+        self._finished = asyncio.Event()
+
+    async def run(self, poll: float) -> None:
+        """Take up whatever is complete, until finished.
+
+        Raises:
+            FenceLost: the attempt is somebody else's.
+            Damaged: a file is not what its manifest says.
+        """
+        while not self._finished.is_set():
+            try:
+                await self._round(time.monotonic() >= self._log_due)
+            except OUTAGE as error:
+                log.warning(
+                    "%s: an upload failed, and is tried again: %s", self._fence.job_id, first_line(error)
+                )
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._finished.wait(), poll)
+
+    async def finish(self) -> None:
+        """Take up all that is left, the log included.
+
+        Raises:
+            OUTAGE: not all of it is safe; it may be tried again.
+            FenceLost, Damaged: as `run`.
+        """
+        await self._round(with_log=True)
+        self._finished.set()
+
+    async def _round(self, with_log: bool) -> None:
+        """One at a time: uploads of the same thing would get into each other's way."""
+        async with self._lock:
+            await self._checkpoints()
+            await self._exports()
+            if with_log:
+                await self._log()
+
+    async def _checkpoints(self) -> None:
+        for update in self._run_dir.complete_checkpoints():
+            if update not in self._safe:
+                prefix = f"{self._prefix}update-{update}/checkpoint/"
+                manifest = await self._put_all(self._run_dir.checkpoint(update), prefix)
+                await self._record_checkpoint(update, manifest, prefix)
+
+    async def _record_checkpoint(self, update: int, manifest: Manifest, prefix: str) -> None:
+        """Make it known and forget the oldest; their bytes go once that is committed."""
+        async with self._store.write() as session:
+            await artifacts.record(
+                session, self._fence, "checkpoint", update, manifest.files, prefix, manifest.metrics
+            )
+            old = await artifacts.forget_older(session, self._fence, "checkpoint", KEPT_CHECKPOINTS)
+        self._safe.add(update)
+        acks = Acks(checkpoints=tuple(sorted(self._safe)))
+        await asyncio.to_thread(self._run_dir.write_acks, acks)
+        for artifact in old:
+            await self._storage.delete_prefix(artifact.key_prefix)
+
+    async def _exports(self) -> None:
+        for update in self._run_dir.complete_exports():
+            if update not in self._exported:
+                await self._export(update)
+                self._exported.add(update)
+
+    async def _export(self, update: int) -> None:
+        """The files one by one, and all of them as one archive."""
+        directory = self._run_dir.export(update)
+        prefix = f"{self._prefix}update-{update}/"
+        manifest = await self._put_all(directory, f"{prefix}export/")
+        archive = self._run_dir.path / f".{ARCHIVE}"
+        described = await asyncio.to_thread(pack, directory, manifest, archive)
+        await self._storage.put_file(prefix + ARCHIVE, archive)
+        archive.unlink()
+        async with self._store.write() as session:
+            await artifacts.record(
+                session, self._fence, "export", update, manifest.files, f"{prefix}export/", manifest.metrics
+            )
+            await artifacts.record(
+                session, self._fence, "archive", update, [described], prefix, manifest.metrics
+            )
+
+    async def _put_all(self, directory: Path, prefix: str) -> Manifest:
+        """Upload what the manifest lists, once it was found to be what it says."""
+        manifest = read_manifest(directory)
+        wrong = (
+            "the manifest is gone"
+            if manifest is None
+            else await asyncio.to_thread(damage, directory, manifest)
+        )
+        if manifest is None or wrong is not None:
+            raise Damaged(f"{directory}: {wrong}")
+        for file in manifest.files:
+            await self._storage.put_file(prefix + file.name, directory / file.name)
+        return manifest
+
+    async def _log(self) -> None:
+        """The log as it is now, or the end of a very long one."""
+        self._log_due = time.monotonic() + LOG_SECONDS
+        try:
+            size = self._run_dir.log.stat().st_size
+        except FileNotFoundError:
+            return
+        if size == self._log_size:
+            return
+        snapshot = self._run_dir.path / f".{LOG}"
+        described = await asyncio.to_thread(_snapshot, self._run_dir.log, snapshot)
+        await self._storage.put_file(self._prefix + LOG, snapshot)
+        snapshot.unlink()
+        async with self._store.write() as session:
+            await artifacts.record(session, self._fence, "log", 0, [described], self._prefix)
+        self._log_size = size
+
+
+def pack(directory: Path, manifest: Manifest, archive: Path) -> ManifestFile:
+    """Make one archive of the files of an export: the same files give the same bytes."""
+    with tarfile.open(archive, "w", format=tarfile.PAX_FORMAT) as tar:
+        for file in sorted(manifest.files, key=lambda file: file.name):
+            member = tarfile.TarInfo(file.name)
+            member.size = file.size
+            member.mode = 0o644
+            with (directory / file.name).open("rb") as content:
+                tar.addfile(member, content)
+    return _describe(archive, ARCHIVE)
+
+
+def _snapshot(source: Path, target: Path) -> ManifestFile:
+    """Copy the end of a file that is being written, so that its digest is that of what is uploaded."""
+    with source.open("rb") as file:
+        file.seek(max(0, source.stat().st_size - LOG_BYTES))
+        target.write_bytes(file.read(LOG_BYTES))
+    return _describe(target, LOG)
+
+
+def _describe(path: Path, name: str) -> ManifestFile:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return ManifestFile(name=name, size=path.stat().st_size, sha256=digest)
