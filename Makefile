@@ -26,7 +26,7 @@ $(VENV)/installed: pyproject.toml constraints.txt examples/randomwalks/pyproject
 	@touch $@
 
 demo: env  ## PPO as a customer sees it, over HTTP only, in three minutes
-	$(BIN)/python -m randomwalks.demo
+	$(BIN)/python -m randomwalks
 
 serve: env  ## API, worker, and broker on this machine, until Ctrl-C
 	$(BIN)/python -m service.embedded

@@ -22,6 +22,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 from service import migrate
 from service.admin import create_key
@@ -128,9 +129,17 @@ def _run(host: str, port: int | None, environment: Mapping[str, str], key: str, 
         print(f"Proxima listens at  {url}")
         print(f"Documentation       {url}/docs")
         print(f"API key             {key}", flush=True)
+        _stay(running, signals)
+
+
+def _stay(running: Mapping[str, subprocess.Popen[bytes]], signals: Signals) -> NoReturn:
+    try:
         while True:
             _check(running, signals)
             time.sleep(POLL_SECONDS)
+    except Leave:
+        print("Stopping: a running job is saved first. Once more to stop at once.", flush=True)
+        raise
 
 
 def _listen(host: str, port: int | None) -> socket.socket:

@@ -39,6 +39,7 @@ class Storage:
     def __init__(self, store: ObjectStore) -> None:
         self._store = store
         self._root = store.prefix if isinstance(store, LocalStore) else None
+        self._safe_directories: set[Path] = set()
 
     @classmethod
     def open(cls, url: str, options: Mapping[str, str] | None = None) -> Storage:
@@ -58,7 +59,16 @@ class Storage:
     def _put_file(self, key: str, path: Path) -> None:
         obstore.put(self._store, key, path)
         if self._root is not None:
-            _sync_up(self._root / key, self._root)
+            self._make_durable(self._root / key, self._root)
+
+    def _make_durable(self, path: Path, root: Path) -> None:
+        """Flush a file and its name, and the names of the directories above that are not known to be safe."""
+        _sync(path)
+        _sync(path.parent)
+        for directory in path.relative_to(root).parents[:-1]:
+            if directory not in self._safe_directories:
+                _sync((root / directory).parent)
+                self._safe_directories.add(directory)
 
     async def size(self, key: str) -> int:
         """Bytes of an object."""
@@ -86,11 +96,15 @@ class Storage:
         partial = path.with_name(f".{path.name}.partial")
         chunks = await self.read(key)
         digest = hashlib.sha256()
+
+        def keep(chunk: bytes) -> None:
+            file.write(chunk)
+            digest.update(chunk)
+
         try:
             with partial.open("wb") as file:
                 async for chunk in chunks:
-                    await asyncio.to_thread(file.write, chunk)
-                    await asyncio.to_thread(digest.update, chunk)
+                    await asyncio.to_thread(keep, chunk)
             if sha256 not in (None, digest.hexdigest()):
                 raise Damaged(f"{key} has the sha256 {digest.hexdigest()}, and not {sha256}")
             partial.replace(path)
@@ -104,6 +118,7 @@ class Storage:
         await asyncio.to_thread(self._delete_prefix, prefix)
 
     def _delete_prefix(self, prefix: str) -> None:
+        self._safe_directories.clear()  # empty ones are deleted along, and may be made again
         while keys := [found["path"] for page in obstore.list(self._store, prefix) for found in page]:
             try:
                 obstore.delete(self._store, keys)
@@ -126,14 +141,9 @@ async def _chunks(result: obstore.GetResult) -> AsyncIterator[bytes]:
         yield bytes(chunk)
 
 
-def _sync_up(path: Path, root: Path) -> None:
-    """Make a file durable, and its name, and those of the directories it lies in."""
-    while True:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        if path == root:
-            return
-        path = path.parent
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

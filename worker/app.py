@@ -28,7 +28,7 @@ from worker.train import Worker, run_jobs
 log = logging.getLogger(__name__)
 
 settings = WorkerSettings()
-gpus = find_gpus(os.environ)
+gpus = find_gpus(os.environ) if settings.gpus is None else settings.gpus
 
 app = Celery("proxima", set_as_current=False)
 app.conf.update(

@@ -9,11 +9,10 @@ is none. It is run by its path, below a guard: a download takes long, and can be
 from __future__ import annotations
 
 import sys
+import traceback
 from pathlib import Path
 
-import httpx
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
 # What models and tokenizers are made of; pickled weights are left where they are.
 PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
@@ -22,7 +21,9 @@ PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoke
 def main(repo: str, revision: str, answer: Path) -> int:
     try:
         snapshot = snapshot_download(repo, revision=revision, allow_patterns=PATTERNS)
-    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, httpx.HTTPError, OSError) as error:
+    except Exception as error:
+        # Whatever the hub, the network, or the disk raises, it is why the model cannot be had.
+        traceback.print_exc()
         answer.write_text(str(error).strip().partition("\n")[0])
         return 1
     answer.write_text(snapshot)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ import ppo_engine
 from ppo_engine.spec import Resources
 
 DRIVER = Path("/proc/driver/nvidia/gpus")
+SMI_SECONDS = 30.0
 
 # All that an engine may see of the worker's environment. It runs code that users choose by name (models,
 # plug-ins): the database, the broker, the storage, and the keys are none of its business.
@@ -33,13 +35,22 @@ PASSED = re.compile(
 
 def find_gpus(environment: Mapping[str, str]) -> tuple[str, ...]:
     """The devices this worker owns, as CUDA names them: those of CUDA_VISIBLE_DEVICES, or all there are."""
-    present = sorted(DRIVER.iterdir()) if DRIVER.is_dir() else []
-    if not present:
-        return ()
+    count = _count_gpus()
     named = environment.get("CUDA_VISIBLE_DEVICES")
-    if named is None:
-        return tuple(str(index) for index in range(len(present)))
+    if named is None or not count:
+        return tuple(str(index) for index in range(count))
     return tuple(name.strip() for name in named.split(",") if name.strip() not in ("", "-1"))
+
+
+def _count_gpus() -> int:
+    """As many as the driver shows; where its directory is hidden, as its own program tells."""
+    if DRIVER.is_dir():
+        return len(list(DRIVER.iterdir()))
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, timeout=SMI_SECONDS, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return 0
+    return sum(line.startswith(b"GPU ") for line in listed.stdout.splitlines())
 
 
 def command(

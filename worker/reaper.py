@@ -1,4 +1,4 @@
-"""What nobody else does: settles the jobs of dead workers, rings for forgotten ones, clears their leftovers.
+"""What nobody else does: settles the jobs of dead workers, rings for forgotten ones, clears leftovers.
 
 Every worker runs one, in a thread with a loop and a store of its own, also while its engine runs. That
 several act at once does no harm: every move is guarded, and a bell rung twice is a bell.
@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from service.queue import ring
-from service.store import transitions
+from service.store import idempotency, transitions
 from service.store.session import Store
 from worker.outage import OUTAGE, first_line
 from worker.settings import WorkerSettings
@@ -59,6 +59,7 @@ class Reaper:
         try:
             async with store.write() as session:
                 lost = await transitions.expire_leases(session)
+                await idempotency.purge(session)
             for job_id in lost:
                 log.warning("%s was lost by its worker", job_id)
             await self._ring(store)

@@ -35,6 +35,8 @@ LEASE_RESERVE = 1 / 3
 
 RETRY_AFTER = 1 / 5
 """Part of the time between heartbeats after which a beat that failed is tried again."""
+SHORTEST_TIMEOUT = 5.0
+"""Seconds."""
 
 Move = Callable[[AsyncSession], Awaitable[None]]
 
@@ -84,9 +86,9 @@ class Relay:
         return self.lease_left() - self._pace.lease * LEASE_RESERVE
 
     def _timeout(self) -> float:
-        """Of a beat: it must not outlast the moment at which the engine is to be asked to stop."""
-        spare = self._spare()
-        return min(self._pace.heartbeat, spare) if spare > 0 else self._pace.heartbeat
+        """Of a beat: long enough for a busy database, and over when the engine is to be asked to stop."""
+        patient, spare = max(self._pace.heartbeat, SHORTEST_TIMEOUT), self._spare()
+        return min(patient, spare) if spare > 0 else patient
 
     async def run(self) -> None:
         """Beat until settled.
@@ -114,7 +116,7 @@ class Relay:
 
     async def _settle(self, move: Move) -> None:
         events, _ = read_complete(self._run_dir.events, self._offset)
-        async with asyncio.timeout(self._pace.heartbeat), self._store.write() as session:
+        async with asyncio.timeout(self._timeout()), self._store.write() as session:
             if events:
                 await transitions.beat(session, self._fence, events, lease_seconds=self._pace.lease)
             await move(session)

@@ -17,6 +17,9 @@ class WorkerSettings(Settings):
 
     queue: str = "default"
     """The queue whose jobs it takes."""
+    gpus: tuple[str, ...] | None = None
+    """The GPUs it owns, as CUDA names them; `[]` for none. Default: all that CUDA_VISIBLE_DEVICES, or the
+    driver, shows."""
     engine_command: tuple[str, ...] = Field(default=(sys.executable, "-m", "ppo_engine"), min_length=1)
     """The engine; the run directory and the attempt are added."""
     launcher: tuple[str, ...] = ()

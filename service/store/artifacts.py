@@ -15,7 +15,6 @@ from service.store.events import Draft
 from service.store.fence import Fence, lock
 from service.store.ids import new_id
 from service.store.models import Artifact, ArtifactKind, Job
-from service.store.types import moment
 
 
 async def record(
@@ -42,12 +41,10 @@ async def record(
         key_prefix=key_prefix,
         files=[file.model_dump() for file in files],
         metrics=dict(metrics or {}),
-        created_at=moment(),
     )
     await session.execute(delete(Artifact).where(*_same(artifact)))
     session.add(artifact)
     await session.flush()
-    await session.refresh(artifact)
     await events.append(session, job, [_event(artifact)])
     return artifact
 

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from typing import TypeVar
 
 from pydantic import JsonValue
-from sqlalchemy import Select, and_, bindparam, func, insert, or_, select, update
+from sqlalchemy import Select, and_, bindparam, func, insert, or_, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from ppo_engine import events as engine
@@ -50,22 +50,14 @@ async def append(session: AsyncSession, job: Job, drafts: Sequence[Draft]) -> in
     The caller holds the lock of the job's row (it has updated it, or selected it for update) and has read
     `job.next_seq` since.
     """
-    kept = 0
+    first = job.next_seq
     for chunk in _chunks(drafts):
         fresh = await _unknown(session, job.id, chunk)
         if fresh:
             rows = [_row(job, seq, draft) for seq, draft in enumerate(fresh, job.next_seq)]
             await session.execute(_INSERT, rows)
             job.next_seq += len(fresh)
-            kept += len(fresh)
-    if kept:
-        await session.execute(
-            update(Job)
-            .where(Job.id == job.id)
-            .values(next_seq=job.next_seq)
-            .execution_options(synchronize_session=False)
-        )
-    return kept
+    return job.next_seq - first
 
 
 def _chunks(items: Sequence[T]) -> Iterator[Sequence[T]]:

@@ -12,7 +12,6 @@ from service.errors import FileInUse, NotFound
 from service.store.ids import new_id
 from service.store.models import FINAL, File, Job, JobFile
 from service.store.paging import Page, newest_first
-from service.store.types import moment
 
 NAMED_IN_REFUSAL = 3
 
@@ -46,11 +45,9 @@ async def insert_file(
         columns=list(columns),
         format=format,
         storage_key=storage_key,
-        created_at=moment(),
     )
     session.add(file)
     await session.flush()
-    await session.refresh(file)
     return file
 
 

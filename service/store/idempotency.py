@@ -95,7 +95,6 @@ async def finish(session: AsyncSession, request: Request, answer: Answer) -> Non
             status=answer.status,
             headers=dict(answer.headers),
             body=dict(answer.body),
-            created_at=moment(),
         )
     )
     await session.flush()

@@ -37,7 +37,8 @@ async def insert_job(session: AsyncSession, project_id: str, new: NewJob) -> Job
     Raises:
         NotFound: a file it reads is not (or no longer) in the project.
     """
-    await files.hold(session, project_id, new.files)
+    if new.files:
+        await files.hold(session, project_id, new.files)
     job = Job(
         id=new_id("job"),
         project_id=project_id,
@@ -54,7 +55,6 @@ async def insert_job(session: AsyncSession, project_id: str, new: NewJob) -> Job
     session.add(job)
     session.add_all(JobFile(job_id=job.id, file_id=file_id) for file_id in set(new.files))
     await session.flush()
-    await session.refresh(job)
     await events.append(session, job, [transitions.said(job)])
     return job
 

@@ -69,7 +69,7 @@ def digest(secret: bytes, text: str) -> str:
 
 async def ensure_project(session: AsyncSession, name: str) -> Project:
     """The project of this name, made where there is none yet."""
-    values = {"id": new_id("proj"), "name": name, "created_at": moment()}
+    values = {"id": new_id("proj"), "name": name}
     dialect = postgresql if session.get_bind().dialect.name == "postgresql" else sqlite
     await session.execute(dialect.insert(Project).values(values).on_conflict_do_nothing())
     return (await session.scalars(select(Project).where(Project.name == name))).one()
@@ -92,11 +92,9 @@ async def create_key(
         name=name,
         prefix=text[:KNOWN_BY],
         digest=digest(secret, text),
-        created_at=moment(),
     )
     session.add(row)
     await session.flush()
-    await session.refresh(row)
     return NewKey(row, text)
 
 

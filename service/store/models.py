@@ -7,18 +7,22 @@ is searched inside it.
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from sqlalchemy import JSON, BigInteger, ForeignKey, Index, MetaData, String, UniqueConstraint
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-from service.store.types import PlainText, UtcDateTime
+from service.store.types import PlainText, UtcDateTime, moment
 
 State = Literal["queued", "running", "paused", "succeeded", "failed", "cancelled"]
 Wanted = Literal["run", "pause", "cancel"]
 ArtifactKind = Literal["checkpoint", "export", "log", "archive"]
 
 FINAL: frozenset[State] = frozenset({"succeeded", "failed", "cancelled"})
+
+
+Now = Annotated[datetime, mapped_column(insert_default=moment())]
+"""When the row was made; the database fills it in, and an insert brings it back."""
 
 
 class Base(DeclarativeBase):
@@ -51,7 +55,7 @@ class Project(Base):
 
     id: Mapped[str] = mapped_column(primary_key=True)
     name: Mapped[str] = mapped_column(unique=True)
-    created_at: Mapped[datetime]
+    created_at: Mapped[Now]
 
 
 class ApiKey(Base):
@@ -64,7 +68,7 @@ class ApiKey(Base):
     name: Mapped[str]
     prefix: Mapped[str]
     digest: Mapped[str] = mapped_column(unique=True)
-    created_at: Mapped[datetime]
+    created_at: Mapped[Now]
     last_used_at: Mapped[datetime | None]
     revoked_at: Mapped[datetime | None]
 
@@ -117,8 +121,8 @@ class Job(Base):
     error_log_tail: Mapped[str | None]
     error_issues: Mapped[list[dict[str, Any]] | None]
 
-    created_at: Mapped[datetime]
-    queued_at: Mapped[datetime | None]
+    created_at: Mapped[Now]
+    queued_at: Mapped[Now | None]
     started_at: Mapped[datetime | None]
     finished_at: Mapped[datetime | None]
 
@@ -142,7 +146,7 @@ class Event(Base):
     type: Mapped[str]
     attempt: Mapped[int]
     update: Mapped[int]
-    created_at: Mapped[datetime]
+    created_at: Mapped[Now]
     data: Mapped[dict[str, Any]]
 
 
@@ -163,7 +167,7 @@ class Artifact(Base):
     key_prefix: Mapped[str]
     files: Mapped[list[dict[str, Any]]]
     metrics: Mapped[dict[str, Any]]
-    created_at: Mapped[datetime]
+    created_at: Mapped[Now]
 
 
 class File(Base):
@@ -181,7 +185,7 @@ class File(Base):
     columns: Mapped[list[str]]
     format: Mapped[str]
     storage_key: Mapped[str]
-    created_at: Mapped[datetime]
+    created_at: Mapped[Now]
 
 
 class JobFile(Base):
@@ -207,4 +211,4 @@ class IdempotencyKey(Base):
     status: Mapped[int]
     headers: Mapped[dict[str, Any]]
     body: Mapped[dict[str, Any]]
-    created_at: Mapped[datetime] = mapped_column(index=True)
+    created_at: Mapped[Now] = mapped_column(index=True)

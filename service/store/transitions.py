@@ -55,14 +55,14 @@ _LANDING: dict[State, dict[str, Any]] = {
 }
 """What a state says about the other columns."""
 
-NEW: dict[str, Any] = _LANDING["queued"] | {
+NEW: dict[str, Any] = {
     "state": "queued",
+    "wanted": "run",
     "attempt": 0,
     "stalled_attempts": 0,
     "update": 0,
     "furthest_update": 0,
     "next_seq": 1,
-    "created_at": moment(),
 }
 """How a job begins."""
 

@@ -99,7 +99,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, policy_dir: Path) -> RunDir:
 def test_a_run_says_what_it_does(whole: RunDir) -> None:
     said = events(whole)
 
-    assert [event.type for event in said][0] == "started"
+    assert said[0].type == "started"
     assert [event.key for event in said if event.type == "metrics"] == [f"metrics:{n}" for n in range(1, 7)]
     assert [event.update for event in said if event.type == "checkpoint"] == [2, 4, 6]
     assert said[-1].type == "finished"
@@ -120,7 +120,7 @@ def test_checkpoints_are_few_and_exports_hold_the_policy_alone(whole: RunDir) ->
     assert whole.complete_exports() == [2, 4, 6]
     weights = load_file(whole.export(6) / "adapter_model.safetensors")
     assert all("lora_" in name for name in weights)
-    assert not [path for path in whole.path.rglob("*partial*")]
+    assert not list(whole.path.rglob("*partial*"))
     adapter = json.loads((whole.export(6) / "adapter_config.json").read_text())
     assert adapter["r"] == 4
     assert json.loads((whole.export(6) / "generation_config.json").read_text())["eos_token_id"] == 15

@@ -21,7 +21,7 @@ from ppo_engine.learn import NotFinite
 from ppo_engine.rewards import NamedReward, RewardBatch, RewardError
 from ppo_engine.spec import SpecError
 from tests.engine import tiny
-from tests.engine.training import PROMPTS, config, likes_seven, logged, trainer, value_model
+from tests.engine.training import PROMPTS, config, likes_seven, logged, trainer
 
 
 @pytest.mark.parametrize("lora", [True, False])
@@ -143,9 +143,14 @@ def test_the_reference_context_gives_back_everything(tmp_path: Path) -> None:
         inside = policy(ids).logits
     assert torch.allclose(inside, base, atol=1e-5)
     assert not torch.allclose(moved, base, atol=1e-3)
-    with pytest.raises(KeyboardInterrupt), made.null_ref_context():
-        policy.train()
-        raise KeyboardInterrupt
+
+    def fail_inside() -> None:
+        with made.null_ref_context():
+            policy.train()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail_inside()
     assert state_of(policy) == before
     assert torch.equal(policy(ids).logits, moved)
 

@@ -1,4 +1,4 @@
-"""The bell, on a real broker of each kind: it is heard, waits for nobody, and an absent broker does no harm."""
+"""The bell reaches whoever listens, on a real Redis and in a directory; it never keeps anybody waiting."""
 
 from __future__ import annotations
 

@@ -58,6 +58,7 @@ class Fleet:
     store: Store
     storage: Storage
     project: str = ""
+    prompts: bytes = PROMPTS
     workers: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     @property
@@ -75,8 +76,9 @@ class Fleet:
 
     # Jobs
 
-    async def upload(self, content: bytes = PROMPTS) -> str:
+    async def upload(self) -> str:
         """A file of prompts; its id."""
+        content = self.prompts
         path, file_id = self.directory / "prompts.jsonl", files.new_file_id()
         path.write_bytes(content)
         key = f"files/{file_id}/prompts.jsonl"
@@ -144,11 +146,11 @@ class Fleet:
         return await eventually(look, f"{job_id} is {' or '.join(states)}")
 
     async def gets_to(self, job_id: str, update: int, attempt: int = 1) -> None:
-        """Wait for an attempt of a job to have completed so many updates."""
+        """Wait for an attempt at a job to have said that it has done so many updates."""
 
         async def look() -> bool:
-            job = await self.job(job_id)
-            return job.attempt >= attempt and job.update >= update
+            said = await self.events(job_id, "metrics")
+            return any(event.update >= update and event.attempt == attempt for event in said)
 
         await eventually(look, f"attempt {attempt} of {job_id} has done {update} updates")
 
@@ -181,7 +183,7 @@ class Fleet:
 
         store: the way to the database, where it is not the fleet's own.
         """
-        given = self.settings.model_copy(update={"engine_command": stand_in(*engine), **settings})
+        given = self.settings.model_copy(update={"engine_command": stand_in(*engine)} | settings)
         await run_jobs(Worker(given, store or self.store, self.storage, "here", (), leaving))
 
     @asynccontextmanager

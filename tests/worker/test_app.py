@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+import redis
 
 from service.queue import ring
 from service.store import jobs
@@ -149,6 +150,32 @@ async def test_what_a_dead_worker_left_on_the_disk_is_removed(embedded: Fleet) -
     embedded.start("--updates", 1)
     await embedded.reaches(job_id, "succeeded")
     until(lambda: not list(embedded.runs_dir.glob("*/*")), "no run directory is left")
+
+
+async def test_a_broker_that_hung_up_while_a_job_ran_is_heard_again(production: Fleet) -> None:
+    slow = {"heartbeat_seconds": 60, "lease_seconds": 300}  # no reaper helps
+    worker = production.start(*ENDLESS, **slow)
+    await listening(production)
+    job_id = await production.submit()
+    await production.gets_to(job_id, 1)
+
+    hang_up(production.settings.broker_url)
+    await production.wish(job_id, "cancel")
+    await production.reaches(job_id, "cancelled")
+    other = await production.submit()
+    await production.gets_to(other, 1)
+
+    worker.terminate()
+    assert worker.wait(60) == 0
+
+
+def hang_up(url: str) -> None:
+    """End all connections to a Redis database but our own."""
+    with redis.Redis.from_url(url) as client:
+        number = client.connection_pool.connection_kwargs["db"]
+        for other in client.client_list():
+            if int(other["db"]) == number and int(other["id"]) != client.client_id():
+                client.client_kill_filter(_id=other["id"])
 
 
 def test_a_worker_without_a_gpu_says_how_to_use_the_cpu() -> None:

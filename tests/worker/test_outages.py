@@ -53,7 +53,7 @@ async def test_a_long_outage_of_the_database_makes_the_engine_save_and_stop(prod
     job_id = await production.submit()
     async with (
         far_away(production) as (store, way),
-        production.working(*ENDLESS, store=store, lease_seconds=3.0),
+        production.working(*ENDLESS, store=store, kill_grace_seconds=0.2),
     ):
         await production.gets_to(job_id, 3)
         await way.cut()

@@ -8,7 +8,6 @@ adapter, and use it. Nothing is left running, and without `--keep` nothing is le
 import argparse
 import json
 import signal
-import sys
 import uuid
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -38,7 +37,8 @@ THREADS = 2
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the demo; its exit status."""
     keep = _parse(arguments)
-    signal.signal(signal.SIGTERM, _interrupt)
+    for ending in stack.SIGNALS:
+        signal.signal(ending, _interrupt)
     torch.set_num_threads(THREADS)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parse(arguments: Sequence[str] | None) -> Path | None:
-    parser = argparse.ArgumentParser(prog="python -m randomwalks.demo", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m randomwalks", description=__doc__)
     parser.add_argument("--keep", type=Path, metavar="DIR", help="keep models, adapter, and logs here")
     keep: Path | None = parser.parse_args(arguments).keep
     if keep is not None and keep.is_dir() and any(keep.iterdir()):
@@ -75,7 +75,7 @@ def run(directory: Path, console: Console) -> None:
     models, adapter = directory / "models", directory / "adapter"
     base = models / MODEL
     with stack.running(directory / "data", models) as service, Proxima(service.url, service.key) as proxima:
-        console.print(f"Proxima listens at {service.url}; its documentation is at {service.url}/docs")
+        console.print(f"Proxima listens at {service.url}", soft_wrap=True)
         fit_policy(walks, base, console)
         job_id = submit(proxima, graph, console)
         train(proxima, job_id, console)
@@ -123,7 +123,3 @@ def table_of(graph: Graph, before: Sequence[str], after: Sequence[str]) -> Table
     for old, new in list(zip(before, after, strict=True))[:8]:
         table.add_row(old, f"{graph.optimality(old):.2f}", new, f"{graph.optimality(new):.2f}")
     return table
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -14,9 +14,9 @@ from pathlib import Path
 from types import FrameType
 
 CHECKOUT = Path(__file__).parents[3]
-START_SECONDS = 120.0
+START_SECONDS = 300.0
 STOP_SECONDS = 60.0
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class StackFailed(Exception):

@@ -132,7 +132,8 @@ def test_a_stream_ends_when_its_job_is_deleted(client: httpx.Client, service: Ru
 
 def test_a_client_that_leaves_is_forgotten(client: httpx.Client, service: Running, job_id: str):
     with client.stream("GET", f"/v1/jobs/{job_id}/events", headers=STREAM) as answer:
-        next(frames(answer))
+        stream = frames(answer)
+        next(stream)
         assert service.listeners >= 1
     until(lambda: service.listeners == 0, "the end of the subscription")
 

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from service.store import events, transitions
+from service.store import events, jobs, transitions
 from service.store.events import CHUNK
 from service.store.session import Store
 from service.store.transitions import Fence
@@ -73,7 +73,7 @@ async def test_of_each_update_the_newest_attempt_stands(store: Store, project: s
     fence = await running(store, project)
     await beat(store, fence, 1, 2, 3, loss=1.0)
     async with store.write() as session:
-        job = await look(store, fence.job_id)
+        job = await jobs.get_job(session, project, fence.job_id, lock=True)
         replay = [events.Draft("metrics", update, {"loss": 2.0}, f"metrics:a2:{update}") for update in (2, 3)]
         await events.append(session, job, replay)
     await beat(store, fence, 4, 5, loss=3.0)

@@ -378,6 +378,15 @@ async def test_queues_in_which_jobs_wait_are_rung_again(store: Store, project: s
         assert await transitions.queued_without_bell(session, 60) == []
 
 
+async def test_attempts_that_run_are_told_from_those_that_are_over(store: Store, project: str):
+    ended, runs = await running(store, project), await running(store, project)
+    async with store.write() as session:
+        await transitions.requeue(session, ended, "sigterm", spend_attempt=False)
+        asked = {ended.job_id, runs.job_id, "job_none"}
+        assert await transitions.running_attempts(session, asked) == {(runs.job_id, 1)}
+        assert await transitions.running_attempts(session, []) == set()
+
+
 # The order of claims ---------------------------------------------------------------------------------------
 
 

@@ -278,7 +278,7 @@ class Moves(RuleBasedStateMachine):
 
 
 @pytest.mark.parametrize(
-    ("database", "examples", "steps"), [("new_sqlite", 30, 40), ("emptied_postgres", 5, 30)]
+    ("database", "examples", "steps"), [("new_sqlite", 20, 30), ("emptied_postgres", 4, 25)]
 )
 def test_any_order_of_moves(database: str, examples: int, steps: int, request: pytest.FixtureRequest):
     class Here(Moves):
