@@ -1,4 +1,4 @@
-"""The bell reaches whoever listens, on a real Redis and in a directory; it never keeps anybody waiting."""
+"""The bell on a real broker of each kind: heard, keeping nobody waiting, and harmless when it is broken."""
 
 from __future__ import annotations
 

@@ -166,9 +166,10 @@ class Fleet:
         chunks = await self.storage.read(artifact.key_prefix + name)
         return b"".join([chunk async for chunk in chunks])
 
-    async def log(self, job_id: str) -> str:
-        [log] = await self.artifacts(job_id, "log")
-        return (await self.content(log, "engine.log")).decode()
+    async def log(self, job_id: str, attempt: int = 1) -> str:
+        """What the engine of an attempt printed."""
+        chunks = await self.storage.read(f"jobs/{job_id}/a{attempt}/engine.log")
+        return b"".join([chunk async for chunk in chunks]).decode()
 
     # Workers
 

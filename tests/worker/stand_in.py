@@ -54,6 +54,7 @@ class StandIn:
 
     def _on_sigterm(self, number: int, frame: object) -> None:
         self.sigterm = True
+        os.write(2, b"the stand-in was sent SIGTERM\n")
 
     def run(self) -> int:
         self.run_dir.read_spec()

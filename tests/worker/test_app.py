@@ -129,11 +129,10 @@ async def test_a_job_without_a_bell_is_found(embedded: Fleet) -> None:
 
 
 async def test_one_bell_wakes_as_many_workers_as_there_are_jobs(embedded: Fleet) -> None:
-    made = [await embedded.submit(bell=False) for _ in range(2)]
     for _ in range(2):
-        embedded.start(
-            *ENDLESS, heartbeat_seconds=25, lease_seconds=60
-        )  # too slow to find jobs by themselves
+        embedded.start(*ENDLESS, heartbeat_seconds=200, lease_seconds=600)  # no reaper helps
+    until(lambda: embedded.logs().count("ready.") == 2, "both workers are ready")
+    made = [await embedded.submit(bell=False) for _ in range(2)]
     ring(embedded.settings, embedded.settings.queue)
     for job_id in made:
         await embedded.gets_to(job_id, 1)

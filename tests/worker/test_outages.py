@@ -73,6 +73,22 @@ async def test_a_long_outage_of_the_database_makes_the_engine_save_and_stop(prod
     )
 
 
+async def test_an_engine_that_hangs_is_ended_while_the_lease_still_holds(production: Fleet) -> None:
+    """By the worker, which asks first: the guard, which looks at the lease alone, would come later."""
+    job_id = await production.submit()
+    async with (
+        far_away(production) as (store, way),
+        production.working("--hang-at", 3, store=store, kill_grace_seconds=0.5),
+    ):
+        await production.gets_to(job_id, 3)
+        await way.cut()
+        await production.engine_ended()
+        await way.join()
+        await production.gets_to(job_id, 3, attempt=2)
+        await production.wish(job_id, "cancel")
+    assert "was sent SIGTERM" in await production.log(job_id, attempt=1)
+
+
 async def test_without_the_database_nothing_is_claimed_and_nothing_breaks(production: Fleet) -> None:
     job_id = await production.submit()
     async with far_away(production) as (store, way):

@@ -1,0 +1,106 @@
+"""What goes to storage, once, and only when it is what it says."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from ppo_engine.run_dir import MANIFEST, RunDir, describe, write_atomic
+from service.store import transitions
+from service.store.transitions import Fence, FenceLost
+from tests.worker.fleet import Fleet
+from worker.upload import LOG_BYTES, Damaged, Uploads
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+async def fence(embedded: Fleet) -> Fence:
+    """A job that this test has claimed."""
+    await embedded.submit(bell=False)
+    async with embedded.store.write() as session:
+        claim = await transitions.claim(session, worker="here", queue=embedded.settings.queue)
+    assert claim is not None
+    return claim.fence
+
+
+@pytest.fixture
+async def run_dir(tmp_path: Path) -> AsyncIterator[RunDir]:
+    run_dir = RunDir(tmp_path / "run")
+    run_dir.path.mkdir()
+    yield run_dir
+
+
+def make(directory: Path, update: int, content: str = "{}") -> None:
+    directory.mkdir(parents=True)
+    (directory / "state.json").write_text(content)
+    manifest = describe(directory, update, {})
+    write_atomic(directory / MANIFEST, manifest.model_dump_json().encode())
+
+
+async def test_everything_is_uploaded_once_and_acknowledged(
+    embedded: Fleet, fence: Fence, run_dir: RunDir
+) -> None:
+    uploads = Uploads(embedded.store, embedded.storage, fence, run_dir, resumed=2)
+    make(run_dir.checkpoint(2), 2)
+    make(run_dir.checkpoint(4), 4)
+    make(run_dir.export(4), 4)
+    run_dir.log.write_text("a line\n")
+    await uploads.finish()
+    made = [
+        await embedded.artifacts(fence.job_id, kind) for kind in ("checkpoint", "export", "archive", "log")
+    ]
+    assert [[artifact.update for artifact in kind] for kind in made] == [[4], [4], [4], [0]]
+    acks = run_dir.read_acks()
+    assert acks is not None
+    assert acks.checkpoints == (2, 4), "the one it began with is safe, too, and is not uploaded again"
+
+    await uploads.finish()
+    again = [
+        await embedded.artifacts(fence.job_id, kind) for kind in ("checkpoint", "export", "archive", "log")
+    ]
+    assert [[artifact.id for artifact in kind] for kind in again] == [
+        [artifact.id for artifact in kind] for kind in made
+    ]
+
+
+async def test_what_has_no_manifest_is_not_there_yet(embedded: Fleet, fence: Fence, run_dir: RunDir) -> None:
+    make(run_dir.checkpoint(2), 2)
+    (run_dir.checkpoint(2) / MANIFEST).unlink()
+    await Uploads(embedded.store, embedded.storage, fence, run_dir, None).finish()
+    assert await embedded.artifacts(fence.job_id, "checkpoint") == []
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "export"])
+async def test_a_file_that_is_not_what_its_manifest_says_is_never_known(
+    embedded: Fleet, fence: Fence, run_dir: RunDir, kind: str
+) -> None:
+    directory: Path = getattr(run_dir, kind)(2)
+    make(directory, 2, json.dumps({"state": 1}))
+    (directory / "state.json").write_text(json.dumps({"state": 2}))
+    with pytest.raises(Damaged, match=r"state\.json does not have the sha256"):
+        await Uploads(embedded.store, embedded.storage, fence, run_dir, None).finish()
+    assert await embedded.artifacts(fence.job_id, "checkpoint") == []
+    assert await embedded.artifacts(fence.job_id, "export") == []
+
+
+async def test_of_a_very_long_log_the_end_is_kept(embedded: Fleet, fence: Fence, run_dir: RunDir) -> None:
+    run_dir.log.write_bytes(b"x" * LOG_BYTES + b"the end")
+    await Uploads(embedded.store, embedded.storage, fence, run_dir, None).finish()
+    [log] = await embedded.artifacts(fence.job_id, "log")
+    assert log.files[0]["size"] == LOG_BYTES
+    assert (await embedded.log(fence.job_id)).endswith("xthe end")
+
+
+async def test_without_the_fence_nothing_becomes_known(
+    embedded: Fleet, fence: Fence, run_dir: RunDir
+) -> None:
+    make(run_dir.checkpoint(2), 2)
+    await embedded.take_away(fence.job_id)
+    with pytest.raises(FenceLost):
+        await Uploads(embedded.store, embedded.storage, fence, run_dir, None).finish()
+    assert await embedded.artifacts(fence.job_id, "checkpoint") == []
+    assert run_dir.read_acks() is None
