@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -28,10 +27,10 @@ async def fence(embedded: Fleet) -> Fence:
 
 
 @pytest.fixture
-async def run_dir(tmp_path: Path) -> AsyncIterator[RunDir]:
+def run_dir(tmp_path: Path) -> RunDir:
     run_dir = RunDir(tmp_path / "run")
     run_dir.path.mkdir()
-    yield run_dir
+    return run_dir
 
 
 def make(directory: Path, update: int, content: str = "{}") -> None:
