@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 _DATABASE = (OperationalError, InterfaceError, PoolTimeout)
 _STORAGE = (GenericError, PermissionDeniedError, UnauthenticatedError)  # credentials are renewed, too
-OUTAGE = (*_DATABASE, *_STORAGE, ConnectionError, TimeoutError)
+OUTAGE = (*_DATABASE, *_STORAGE, OSError)  # a full disk is one, too; but see `persist`
 
 FIRST_PAUSE = 0.2
 LONGEST_PAUSE = 5.0
@@ -27,7 +27,9 @@ LONGEST_PAUSE = 5.0
 class Patience:
     """How long something is tried: so many seconds; once the worker is to leave, only `grace` more."""
 
-    def __init__(self, seconds: float, leaving: Callable[[], bool], grace: float) -> None:
+    def __init__(
+        self, seconds: float, leaving: Callable[[], bool] = lambda: False, grace: float = 0.0
+    ) -> None:
         self._deadline = time.monotonic() + seconds
         self._leaving = leaving
         self._grace: float | None = grace
@@ -50,6 +52,8 @@ async def persist(operation: Callable[[], Awaitable[T]], patience: Patience) -> 
     while True:
         try:
             return await operation()
+        except FileNotFoundError:
+            raise  # what is not there does not come by waiting
         except OUTAGE as error:
             if patience.is_over():
                 raise

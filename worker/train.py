@@ -111,9 +111,10 @@ class Attempt:
             await asyncio.to_thread(self._make_run_dir)
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._relay.run())
-                tasks.create_task(self._uploads.run(POLL_SECONDS))
+                uploading = tasks.create_task(self._uploads.run(POLL_SECONDS))
                 verdict = await self._work()
                 await self._settle(await self._upload_rest(verdict))
+                uploading.cancel()
         except* FenceLost as lost:
             log.warning("%s", first_line(lost.exceptions[0]))
         except* Exception:

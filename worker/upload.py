@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import logging
 import tarfile
 import time
-from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from ppo_engine.run_dir import Acks, Manifest, ManifestFile, RunDir, damage, read_manifest
@@ -19,9 +18,7 @@ from service.storage import Storage
 from service.store import artifacts
 from service.store.session import Store
 from service.store.transitions import Fence
-from worker.outage import OUTAGE, first_line
-
-log = logging.getLogger(__name__)
+from worker.outage import Patience, persist
 
 KEPT_CHECKPOINTS = 2
 LOG_SECONDS = 15.0
@@ -53,38 +50,35 @@ class Uploads:
         self._log_size = 0
         self._log_due = time.monotonic() + LOG_SECONDS
         self._lock = asyncio.Lock()
-        self._finished = asyncio.Event()
+        self._finished = False
 
     async def run(self, poll: float) -> None:
-        """Take up whatever is complete, until finished.
+        """Take up whatever is complete, for as long as this is awaited; outages are waited for.
 
         Raises:
             FenceLost: the attempt is somebody else's.
             Damaged: a file is not what its manifest says.
         """
-        while not self._finished.is_set():
-            try:
-                await self._round(time.monotonic() >= self._log_due)
-            except OUTAGE as error:
-                log.warning(
-                    "%s: an upload failed, and is tried again: %s", self._fence.job_id, first_line(error)
-                )
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._finished.wait(), poll)
+        while True:
+            with_log = time.monotonic() >= self._log_due
+            await persist(partial(self._round, with_log), Patience(float("inf")))
+            await asyncio.sleep(poll)
 
     async def finish(self) -> None:
-        """Take up all that is left, the log included.
+        """Take up all that is left, the log included; nothing is uploaded afterwards.
 
         Raises:
             OUTAGE: not all of it is safe; it may be tried again.
             FenceLost, Damaged: as `run`.
         """
         await self._round(with_log=True)
-        self._finished.set()
+        self._finished = True
 
     async def _round(self, with_log: bool) -> None:
         """One at a time: uploads of the same thing would get into each other's way."""
         async with self._lock:
+            if self._finished:
+                return
             await self._checkpoints()
             await self._exports()
             if with_log:

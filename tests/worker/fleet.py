@@ -154,6 +154,14 @@ class Fleet:
 
         await eventually(look, f"attempt {attempt} of {job_id} has done {update} updates")
 
+    async def begins(self, job_id: str, attempt: int) -> None:
+        """Wait for a worker to take a job up for the so manyth time."""
+
+        async def look() -> bool:
+            return (await self.job(job_id)).attempt >= attempt
+
+        await eventually(look, f"attempt {attempt} at {job_id} begins")
+
     async def has_checkpoint(self, job_id: str, update: int) -> None:
         """Wait for a checkpoint of a job to be safe in storage."""
 
@@ -235,6 +243,14 @@ class Fleet:
             return said[-1].update if said and said[-1].update > beyond else 0
 
         return await eventually(look, f"the engine does update {beyond}")
+
+    async def attempts_over(self) -> None:
+        """Wait until all attempts have ended, and have removed their run directories."""
+
+        async def look() -> bool:
+            return not list(self.runs_dir.glob("*/*"))
+
+        await eventually(look, "no run directory is left")
 
     async def engine_ended(self) -> None:
         """Wait until there is no engine."""

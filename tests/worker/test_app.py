@@ -148,7 +148,7 @@ async def test_what_a_dead_worker_left_on_the_disk_is_removed(embedded: Fleet) -
 
     embedded.start("--updates", 1)
     await embedded.reaches(job_id, "succeeded")
-    until(lambda: not list(embedded.runs_dir.glob("*/*")), "no run directory is left")
+    await embedded.attempts_over()
 
 
 async def test_a_broker_that_hung_up_while_a_job_ran_is_heard_again(production: Fleet) -> None:

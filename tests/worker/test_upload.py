@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from ppo_engine.run_dir import MANIFEST, RunDir, describe, write_atomic
 from service.store import transitions
+from service.store.models import Artifact, ArtifactKind
 from service.store.transitions import Fence, FenceLost
 from tests.worker.fleet import Fleet
+from tests.worker.waiting import eventually
 from worker.upload import LOG_BYTES, Damaged, Uploads
 
 pytestmark = pytest.mark.anyio
+
+KINDS: tuple[ArtifactKind, ...] = get_args(ArtifactKind)
 
 
 @pytest.fixture
@@ -44,26 +50,35 @@ async def test_everything_is_uploaded_once_and_acknowledged(
     embedded: Fleet, fence: Fence, run_dir: RunDir
 ) -> None:
     uploads = Uploads(embedded.store, embedded.storage, fence, run_dir, resumed=2)
+    running = asyncio.create_task(uploads.run(poll=0.01))
     make(run_dir.checkpoint(2), 2)
     make(run_dir.checkpoint(4), 4)
     make(run_dir.export(4), 4)
     run_dir.log.write_text("a line\n")
     await uploads.finish()
-    made = [
-        await embedded.artifacts(fence.job_id, kind) for kind in ("checkpoint", "export", "archive", "log")
-    ]
-    assert [[artifact.update for artifact in kind] for kind in made] == [[4], [4], [4], [0]]
+    running.cancel()
+    made = [await embedded.artifacts(fence.job_id, kind) for kind in KINDS]
+    assert [[artifact.update for artifact in kind] for kind in made] == [[4], [4], [0], [4]]
     acks = run_dir.read_acks()
     assert acks is not None
     assert acks.checkpoints == (2, 4), "the one it began with is safe, too, and is not uploaded again"
 
-    await uploads.finish()
-    again = [
-        await embedded.artifacts(fence.job_id, kind) for kind in ("checkpoint", "export", "archive", "log")
-    ]
-    assert [[artifact.id for artifact in kind] for kind in again] == [
-        [artifact.id for artifact in kind] for kind in made
-    ]
+
+async def test_what_is_safe_is_not_uploaded_again(embedded: Fleet, fence: Fence, run_dir: RunDir) -> None:
+    async def exports(count: int) -> list[str]:
+        async def look() -> list[Artifact]:
+            found = await embedded.artifacts(fence.job_id, "export")
+            return found if len(found) == count else []
+
+        return [artifact.id for artifact in await eventually(look, f"{count} exports are known")]
+
+    uploads = Uploads(embedded.store, embedded.storage, fence, run_dir, resumed=None)
+    running = asyncio.create_task(uploads.run(poll=0.01))
+    make(run_dir.export(2), 2)
+    first = await exports(1)
+    make(run_dir.export(4), 4)
+    assert (await exports(2))[:1] == first
+    running.cancel()
 
 
 async def test_what_has_no_manifest_is_not_there_yet(embedded: Fleet, fence: Fence, run_dir: RunDir) -> None:

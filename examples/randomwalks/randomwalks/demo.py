@@ -7,8 +7,10 @@ adapter, and use it. Nothing is left running, and without `--keep` nothing is le
 
 import argparse
 import json
+import logging
 import signal
 import uuid
+import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -21,7 +23,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from transformers.utils import logging
+from transformers.utils.logging import disable_progress_bar
 
 from randomwalks import policy, stack
 from randomwalks.client import Problem, Proxima
@@ -40,9 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for ending in stack.SIGNALS:
         signal.signal(ending, _interrupt)
     torch.set_num_threads(THREADS)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    console = Console(highlight=False)
+    _silence_libraries()
+    console = Console(highlight=False, soft_wrap=True)
     place = TemporaryDirectory(prefix="proxima-demo-") if keep is None else nullcontext(str(keep))
     try:
         with place as directory:
@@ -65,6 +66,13 @@ def _parse(arguments: Sequence[str] | None) -> Path | None:
     return keep
 
 
+def _silence_libraries() -> None:
+    """What they log, warn of, and count is no part of the show."""
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+    disable_progress_bar()
+
+
 def _interrupt(_number: int, _frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
@@ -75,7 +83,7 @@ def run(directory: Path, console: Console) -> None:
     models, adapter = directory / "models", directory / "adapter"
     base = models / MODEL
     with stack.running(directory / "data", models) as service, Proxima(service.url, service.key) as proxima:
-        console.print(f"Proxima listens at {service.url}", soft_wrap=True)
+        console.print(f"Proxima listens at {service.url}")
         fit_policy(walks, base, console)
         job_id = submit(proxima, graph, console)
         train(proxima, job_id, console)

@@ -15,7 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from randomwalks.graph import LETTERS, MAX_NODES
 
 PAD, END = "<pad>", "<end>"
-STEPS, BATCH_SIZE, LEARNING_RATE = 200, 50, 1e-3
+STEPS, BATCH_SIZE, LEARNING_RATE = 300, 32, 2e-3
 IGNORED = -100  # the label transformers leaves out of the loss
 
 
