@@ -151,7 +151,7 @@ def _first(problems: Sequence[str]) -> list[str]:
 
 
 def rows_of_update(update: int, batch_size: int, n: int, seed: int) -> list[int]:
-    """Which of the n prompts an update takes, over all processes, in order. The first update is 0.
+    """Which of the n prompts an update takes, over all processes, in order. update: how many came before.
 
     Prompts come in passes, each in an order of its own; a batch may span passes, and every prompt comes
     once per pass.

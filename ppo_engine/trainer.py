@@ -258,7 +258,7 @@ class PPOTrainer(Trainer):
         """One rollout and all its optimizer steps; the first update is 1."""
         clock = Clock()
         # 1. Which prompts, in which order: a function of the seed and the update alone.
-        rows = rows_of_update(update, self.plan.batch_size, len(self.prompts), self.ppo.seed)
+        rows = rows_of_update(update - 1, self.plan.batch_size, len(self.prompts), self.ppo.seed)
         # 2. Sample a response to each.
         prompts = [self.prompts[row] for row in rows]
         rollout = self._sample(prompts, update, Purpose.ROLLOUT, self.ppo.temperature)

@@ -38,6 +38,22 @@ def test_it_learns_and_stays_itself(tmp_path: Path, lora: bool) -> None:
     assert logged(trained, "episode")[-1] == 16 * 25
 
 
+def test_a_pass_takes_every_prompt_once(tmp_path: Path) -> None:
+    seen: list[str] = []
+
+    def look(batch: RewardBatch) -> list[float]:
+        seen.extend(batch.prompts)
+        return [0.0] * len(batch)
+
+    trainer(
+        tmp_path,
+        reward_model=look,
+        train_dataset=PROMPTS[:48],
+        changes={"total_episodes": None, "num_train_epochs": 1},
+    ).train()
+    assert sorted(seen) == sorted(row["prompt"] for row in PROMPTS[:48])
+
+
 def test_before_the_first_step_the_ratio_is_one(tmp_path: Path) -> None:
     trained = trainer(tmp_path, changes={"num_ppo_epochs": 1, "num_mini_batches": 1, "total_episodes": 16})
     trained.train()
