@@ -1,11 +1,16 @@
-"""What the database and the storage raise when they cannot be reached, and patience with it."""
+"""What the database, the storage, or this machine raises while it cannot be had, and patience with it.
+
+Waiting helps against an outage, and against nothing else: a fault of ours, or of a job, is none.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 from obstore.exceptions import GenericError, PermissionDeniedError, UnauthenticatedError
@@ -18,10 +23,34 @@ T = TypeVar("T")
 
 _DATABASE = (OperationalError, InterfaceError, PoolTimeout)
 _STORAGE = (GenericError, PermissionDeniedError, UnauthenticatedError)  # credentials are renewed, too
-OUTAGE = (*_DATABASE, *_STORAGE, OSError)  # a full disk is one, too; but see `persist`
+_NETWORK = (ConnectionError, TimeoutError)
+_MACHINE = frozenset(
+    {
+        *(errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE, errno.ENOTDIR),
+        *(errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENETUNREACH, errno.EHOSTUNREACH),
+    }
+)
+"""A full or broken disk, a directory that is not mounted, too little of everything."""
 
 FIRST_PAUSE = 0.2
 LONGEST_PAUSE = 5.0
+
+
+class Outage(Exception):
+    """Something cannot be had for now; the cause is what it raised."""
+
+
+@contextmanager
+def outages() -> Iterator[None]:
+    """Inside, what is raised because something cannot be had for now becomes an `Outage`."""
+    try:
+        yield
+    except (*_DATABASE, *_STORAGE, *_NETWORK) as error:
+        raise Outage(first_line(error)) from error
+    except OSError as error:
+        if error.errno not in _MACHINE:
+            raise
+        raise Outage(first_line(error)) from error
 
 
 class Patience:
@@ -46,18 +75,17 @@ async def persist(operation: Callable[[], Awaitable[T]], patience: Patience) -> 
     """Do something again and again until it is done.
 
     Raises:
-        OUTAGE: what it failed with when patience was over; and at once, whatever is no outage.
+        Outage: what it failed with when patience was over; and at once, whatever is no outage.
     """
     pause = FIRST_PAUSE
     while True:
         try:
-            return await operation()
-        except FileNotFoundError:
-            raise  # what is not there does not come by waiting
-        except OUTAGE as error:
+            with outages():
+                return await operation()
+        except Outage as outage:
             if patience.is_over():
                 raise
-            log.warning("tried again in %.1f s: %s", pause, first_line(error))
+            log.warning("tried again in %.1f s: %s", pause, outage)
         await asyncio.sleep(pause)
         pause = min(pause * 2, LONGEST_PAUSE)
 

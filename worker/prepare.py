@@ -7,7 +7,9 @@ them with what it could see. This module starts no engine.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+import shutil
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from ppo_engine.plan import Plan, plan
 from ppo_engine.run_dir import MANIFEST, Manifest, RunDir, write_atomic
 from ppo_engine.spec import HubModel, Issue, Loc, LocalModel, RunSpec, SpecError, parse, upgrade
 from service import models
-from service.storage import Storage
+from service.storage import Damaged, Storage
 from service.store import files
 from service.store.models import Artifact, File
 from service.store.session import Store
@@ -26,10 +28,15 @@ from worker.hub import Hub
 
 @dataclass(frozen=True)
 class Ready:
-    """A filled run directory. spec: as the engine reads it, with real paths."""
+    """A filled run directory.
+
+    spec: as the engine reads it, with real paths. damaged: checkpoints newer than the one it goes on from,
+    which are not in storage as they were put there.
+    """
 
     spec: RunSpec
     plan: Plan
+    damaged: Sequence[Artifact]
 
 
 @dataclass(frozen=True)
@@ -52,12 +59,11 @@ class Preparation:
         """
         given = parse(upgrade(claim.spec, claim.spec_version))
         prompts = await self._fetch_prompts(claim, run_dir)
-        if claim.resume is not None:
-            await self._fetch_checkpoint(claim.resume, run_dir)
+        damaged = await self._fetch_newest_whole(claim.checkpoints, run_dir)
         spec = models.resolve(given, self.model_roots, allow_hub=self.allow_hub_models)
-        ready = await self._check(spec, prompts[given.prompts.train].rows, run_dir)
+        plan = await self._check(spec, prompts[given.prompts.train].rows, run_dir)
         await asyncio.to_thread(run_dir.write_spec, spec)
-        return ready
+        return Ready(spec, plan, damaged)
 
     async def _fetch_prompts(self, claim: Claim, run_dir: RunDir) -> dict[str, File]:
         async with self.store.read() as session:
@@ -66,6 +72,18 @@ class Preparation:
         for file in found:
             await self.storage.download_to(file.storage_key, run_dir.data(file.id), file.sha256)
         return {file.id: file for file in found}
+
+    async def _fetch_newest_whole(
+        self, checkpoints: Sequence[Artifact], run_dir: RunDir
+    ) -> Sequence[Artifact]:
+        """The first of the checkpoints that is whole; those before it, which are damaged, are returned."""
+        for index, checkpoint in enumerate(checkpoints):
+            try:
+                await self._fetch_checkpoint(checkpoint, run_dir)
+                return checkpoints[:index]
+            except (Damaged, FileNotFoundError):
+                await asyncio.to_thread(shutil.rmtree, run_dir.checkpoint(checkpoint.update))
+        return checkpoints
 
     async def _fetch_checkpoint(self, resume: Artifact, run_dir: RunDir) -> None:
         """The files first, the manifest last: without it there is no checkpoint."""
@@ -79,12 +97,12 @@ class Preparation:
             await self.storage.download_to(resume.key_prefix + file.name, target, file.sha256)
         write_atomic(directory / MANIFEST, manifest.model_dump_json(indent=2).encode())
 
-    async def _check(self, spec: RunSpec, prompts: int, run_dir: RunDir) -> Ready:
+    async def _check(self, spec: RunSpec, prompts: int, run_dir: RunDir) -> Plan:
         if self.gpus and spec.resources.gpus > self.gpus:
             msg = f"{spec.resources.gpus} given; the worker that took the job has {self.gpus}: ask for fewer."
             raise SpecError([Issue(loc=("resources", "gpus"), msg=msg)])
         snapshots = await self._fetch_models(spec, run_dir)
-        return Ready(spec, await asyncio.to_thread(_plan, spec, snapshots, prompts))
+        return await asyncio.to_thread(_plan, spec, snapshots, prompts)
 
     async def _fetch_models(self, spec: RunSpec, run_dir: RunDir) -> dict[Loc, Path]:
         """Where the hub's models lie on this machine, by their place in the spec."""
@@ -109,3 +127,10 @@ def _put(raw: Any, loc: Loc, value: dict[str, Any]) -> None:
     for step in steps:
         raw = raw[step]
     raw[last] = value
+
+
+def discard(run_dir: Path) -> None:
+    """Remove the directory of an attempt, and that of its job when it was the last."""
+    shutil.rmtree(run_dir, ignore_errors=True)
+    with suppress(OSError):
+        run_dir.parent.rmdir()

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +17,8 @@ from pathlib import Path
 from service.queue import ring
 from service.store import idempotency, transitions
 from service.store.session import Store
-from worker.outage import OUTAGE, first_line
+from worker.outage import Outage, outages
+from worker.prepare import discard
 from worker.settings import WorkerSettings
 
 log = logging.getLogger(__name__)
@@ -57,18 +57,22 @@ class Reaper:
 
     async def _round(self, store: Store) -> None:
         try:
-            async with store.write() as session:
-                lost = await transitions.expire_leases(session)
-                await idempotency.purge(session)
-            for job_id in lost:
-                log.warning("%s was lost by its worker", job_id)
-            await self._ring(store)
-            await self._sweep(store)
-        except OUTAGE as error:
-            log.warning("the reaper waits for the database: %s", first_line(error))
+            with outages():
+                await self._settle(store)
+                await self._ring(store)
+                await self._sweep(store)
+        except Outage as outage:
+            log.warning("the reaper waits: %s", outage)
         except Exception:
             # Whatever is wrong with one round, the next one is still needed: this thread must not end.
             log.exception("the reaper's round failed")
+
+    async def _settle(self, store: Store) -> None:
+        async with store.write() as session:
+            lost = await transitions.expire_leases(session)
+            await idempotency.purge(session)
+        for job_id in lost:
+            log.warning("%s was lost by its worker", job_id)
 
     async def _ring(self, store: Store) -> None:
         if not self._idle():
@@ -88,7 +92,7 @@ class Reaper:
         for path, attempt in found.items():
             if attempt not in running:
                 log.info("removing %s", path)
-                await asyncio.to_thread(shutil.rmtree, path, ignore_errors=True)
+                await asyncio.to_thread(discard, path)
 
 
 def _run_dirs(runs_dir: Path | None) -> list[Path]:

@@ -25,7 +25,7 @@ from ppo_engine.run_dir import Control, RunDir, Wanted
 from service.store import transitions
 from service.store.session import Store
 from service.store.transitions import Fence
-from worker.outage import OUTAGE, Patience, first_line, persist
+from worker.outage import Outage, Patience, outages, persist
 from worker.verdict import Wish
 
 log = logging.getLogger(__name__)
@@ -108,14 +108,14 @@ class Relay:
 
         Raises:
             FenceLost: the attempt is somebody else's.
-            OUTAGE: the database stayed away for longer than patience lasts.
+            Outage: the database stayed away for longer than patience lasts.
         """
         async with self._lock:
-            await persist(partial(self._settle, move), patience)
+            events, _ = read_complete(self._run_dir.events, self._offset)
+            await persist(partial(self._settle, events, move), patience)
             self._settled.set()
 
-    async def _settle(self, move: Move) -> None:
-        events, _ = read_complete(self._run_dir.events, self._offset)
+    async def _settle(self, events: Sequence[Event], move: Move) -> None:
         async with asyncio.timeout(self._timeout()), self._store.write() as session:
             if events:
                 await transitions.beat(session, self._fence, events, lease_seconds=self._pace.lease)
@@ -135,11 +135,14 @@ class Relay:
     async def _beat(self, events: Sequence[Event], offset: int) -> None:
         sent = time.monotonic()
         try:
-            async with asyncio.timeout(self._timeout()), self._store.write() as session:
-                beat = await transitions.beat(session, self._fence, events, lease_seconds=self._pace.lease)
-        except OUTAGE as error:
+            with outages():
+                async with asyncio.timeout(self._timeout()), self._store.write() as session:
+                    beat = await transitions.beat(
+                        session, self._fence, events, lease_seconds=self._pace.lease
+                    )
+        except Outage as outage:
             left = self.lease_left()
-            log.warning("%s: no beat, %.0f s of lease left: %s", self._fence.job_id, left, first_line(error))
+            log.warning("%s: no beat, %.0f s of lease left: %s", self._fence.job_id, left, outage)
             self._not_before = time.monotonic() + self._pace.heartbeat * RETRY_AFTER
             return
         self._offset = offset
@@ -159,5 +162,11 @@ class Relay:
         if (wanted, self._lease_end) == self._told:
             return
         control = Control(wanted=wanted, lease_until=time.time() + self.lease_left())
-        await asyncio.to_thread(self._run_dir.write_control, control)
+        try:
+            with outages():
+                await asyncio.to_thread(self._run_dir.write_control, control)
+        except Outage as outage:
+            # The next round tries again; an engine that hears nothing for long stops when its lease is over.
+            log.warning("%s: the engine cannot be told: %s", self._fence.job_id, outage)
+            return
         self._told = (wanted, self._lease_end)

@@ -10,12 +10,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import shutil
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -23,13 +20,14 @@ from ppo_engine.run_dir import Acks, RunDir
 from ppo_engine.spec import RunSpec, SpecError
 from service.queue import ring
 from service.storage import Storage
-from service.store import transitions
+from service.store import artifacts, transitions
+from service.store.models import Artifact
 from service.store.session import Store
 from service.store.transitions import Claim, Fence, FenceLost
 from worker import launch
 from worker.hub import Hub, ModelUnavailable
-from worker.outage import OUTAGE, Patience, first_line, persist
-from worker.prepare import Preparation, Ready
+from worker.outage import Outage, Patience, first_line, outages, persist
+from worker.prepare import Preparation, Ready, discard
 from worker.process import Process, Program, running
 from worker.relay import Pace, Relay
 from worker.settings import WorkerSettings
@@ -61,26 +59,32 @@ class Worker:
 
 
 async def run_jobs(worker: Worker) -> None:
-    """Claim and run, until there is nothing to claim or the worker is to leave."""
+    """Claim and run, until there is nothing to claim, the worker is to leave, or an attempt breaks.
+
+    What broke an attempt may be this machine's, and would break the next one, too: others get their chance
+    first. The reaper rings again at its next round.
+    """
     while worker.can_run and not worker.leaving():
         claim = await _claim(worker)
         if claim is None:
             return
         log.info("%s: attempt %d begins", claim.fence.job_id, claim.fence.attempt)
-        await Attempt(worker, claim).run()
+        if not await Attempt(worker, claim).run():
+            return
 
 
 async def _claim(worker: Worker) -> Claim | None:
     """The next job; where more are waiting, the bell goes on to the next worker."""
     settings = worker.settings
     try:
-        async with worker.store.write() as session:
-            claim = await transitions.claim(
-                session, worker=worker.name, queue=settings.queue, lease_seconds=settings.lease_seconds
-            )
-            waiting = await transitions.queued_without_bell(session, older_than=0)
-    except OUTAGE as error:
-        log.warning("nothing can be claimed: %s", first_line(error))
+        with outages():
+            async with worker.store.write() as session:
+                claim = await transitions.claim(
+                    session, worker=worker.name, queue=settings.queue, lease_seconds=settings.lease_seconds
+                )
+                waiting = await transitions.queued_without_bell(session, older_than=0)
+    except Outage as outage:
+        log.warning("nothing can be claimed: %s", outage)
         return None
     if claim is not None and settings.queue in waiting:
         ring(settings, settings.queue)
@@ -98,37 +102,45 @@ class Attempt:
         self._run_dir = RunDir(settings.runs_dir / fence.job_id / f"a{fence.attempt}")
         pace = Pace(POLL_SECONDS, settings.heartbeat_seconds, settings.lease_seconds)
         self._relay = Relay(worker.store, fence, self._run_dir, pace, worker.leaving)
-        resumed = None if claim.resume is None else claim.resume.update
-        self._uploads = Uploads(worker.store, worker.storage, fence, self._run_dir, resumed)
+        safe = [checkpoint.update for checkpoint in claim.checkpoints]
+        self._uploads = Uploads(worker.store, worker.storage, fence, self._run_dir, safe)
 
     @property
     def _fence(self) -> Fence:
         return self._claim.fence
 
-    async def run(self) -> None:
-        """Bring the job as far as it goes here, and say in the store how it ended."""
+    async def run(self) -> bool:
+        """Bring the job as far as it goes here, and say in the store how it ended.
+
+        False: the attempt did not come to an end of its own; it broke, or became somebody else's.
+        """
         try:
-            await asyncio.to_thread(self._make_run_dir)
+            with outages():
+                await asyncio.to_thread(self._make_run_dir)
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._relay.run())
                 uploading = tasks.create_task(self._uploads.run(POLL_SECONDS))
                 verdict = await self._work()
                 await self._settle(await self._upload_rest(verdict))
                 uploading.cancel()
+            return True
         except* FenceLost as lost:
             log.warning("%s", first_line(lost.exceptions[0]))
-        except* Exception:
+        except* Outage as outage:
+            log.exception("%s: attempt %d was given up", self._fence.job_id, self._fence.attempt)
+            await self._give_back("outage", outage.exceptions[0], spend_attempt=False)
+        except* Exception as broken:
             # Whatever broke, the engine is gone by now, and another attempt may do better.
             log.exception("%s: attempt %d broke", self._fence.job_id, self._fence.attempt)
-            await self._give_back()
+            await self._give_back("worker_error", broken.exceptions[0], spend_attempt=True)
         finally:
-            await asyncio.to_thread(_remove, self._run_dir.path)
+            await asyncio.to_thread(discard, self._run_dir.path)
+        return False
 
     def _make_run_dir(self) -> None:
-        _remove(self._run_dir.path)
+        discard(self._run_dir.path)
         self._run_dir.path.mkdir(parents=True)
-        resume = self._claim.resume
-        self._run_dir.write_acks(Acks(checkpoints=() if resume is None else (resume.update,)))
+        self._run_dir.write_acks(Acks())
 
     # 1. The work
 
@@ -166,13 +178,26 @@ class Attempt:
             return task.result() if task.done() else None
         finally:
             task.cancel()
+            await asyncio.wait({task})  # a download that was going on has ended, too
 
     async def _fill(self, preparation: Preparation) -> Ready:
         ready = await preparation.fill(self._claim, self._run_dir)
         plan = ready.plan.model_dump(mode="json")
         async with self._worker.store.write() as session:
             await transitions.set_plan(session, self._fence, plan, ready.plan.num_total_batches)
+            await self._forget(session, ready.damaged)
         return ready
+
+    async def _forget(self, session: AsyncSession, damaged: Sequence[Artifact]) -> None:
+        """Checkpoints that cannot be resumed from are known no more, and the owner knows why work is lost."""
+        await artifacts.forget(session, self._fence, damaged)
+        for checkpoint in damaged:
+            self._uploads.lost(checkpoint.update)
+            message = (
+                f"The checkpoint of update {checkpoint.update} is not in storage as it was put there; "
+                "the run goes on from an earlier one."
+            )
+            await transitions.warn(session, self._fence, "damaged_checkpoint", message)
 
     async def _unless_stopping(self, task: asyncio.Task[object]) -> None:
         """Until the task is done, or the run is to stop."""
@@ -232,10 +257,10 @@ class Attempt:
         """What the engine left when it ended; a run has succeeded only when its policy is safe."""
         try:
             await persist(self._uploads.finish, self._patience(STORAGE_PATIENCE))
-        except OUTAGE as error:
-            log.error("%s: the last uploads were given up: %s", self._fence.job_id, first_line(error))
+        except Outage as outage:
+            log.error("%s: the last uploads were given up: %s", self._fence.job_id, outage)
             if verdict.state == "succeeded":
-                return Verdict("queued", code="storage", message=first_line(error), spend_attempt=True)
+                return Verdict("queued", code="storage", message=str(outage), spend_attempt=True)
         return verdict
 
     # 3. The end
@@ -251,12 +276,16 @@ class Attempt:
     def _patience(self, seconds: float) -> Patience:
         return Patience(seconds, self._worker.leaving, self._worker.settings.stop_grace_seconds)
 
-    async def _give_back(self) -> None:
+    async def _give_back(self, reason: str, error: BaseException, *, spend_attempt: bool) -> None:
+        tail = await asyncio.to_thread(log_tail, self._run_dir.log)
         try:
-            async with self._worker.store.write() as session:
-                await transitions.requeue(session, self._fence, "worker_error", spend_attempt=True)
-        except (FenceLost, *OUTAGE) as error:
-            log.warning("%s", first_line(error))
+            with outages():
+                async with self._worker.store.write() as session:
+                    await transitions.requeue(
+                        session, self._fence, reason, spend_attempt, first_line(error), tail
+                    )
+        except (FenceLost, Outage) as lost:
+            log.warning("%s", first_line(lost))
 
 
 async def _move(session: AsyncSession, fence: Fence, verdict: Verdict, tail: str) -> None:
@@ -270,11 +299,6 @@ async def _move(session: AsyncSession, fence: Fence, verdict: Verdict, tail: str
         case "paused":
             await transitions.paused(session, fence)
         case "queued":
-            await transitions.requeue(session, fence, verdict.code, verdict.spend_attempt)
-
-
-def _remove(path: Path) -> None:
-    """Remove a run directory, and the directory of its job when it was the last."""
-    shutil.rmtree(path, ignore_errors=True)
-    with suppress(OSError):
-        path.parent.rmdir()
+            await transitions.requeue(
+                session, fence, verdict.code, verdict.spend_attempt, verdict.message, tail
+            )

@@ -10,6 +10,7 @@ import asyncio
 import hashlib
 import tarfile
 import time
+from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 
@@ -34,23 +35,29 @@ class Damaged(Exception):
 class Uploads:
     """Everything of one attempt that goes to storage.
 
-    resumed: the update of the checkpoint that the attempt began with; it is safe already.
+    safe: the updates whose checkpoints of earlier attempts are there already.
     """
 
     def __init__(
-        self, store: Store, storage: Storage, fence: Fence, run_dir: RunDir, resumed: int | None
+        self, store: Store, storage: Storage, fence: Fence, run_dir: RunDir, safe: Collection[int] = ()
     ) -> None:
         self._store = store
         self._storage = storage
         self._fence = fence
         self._run_dir = run_dir
         self._prefix = f"jobs/{fence.job_id}/a{fence.attempt}/"
-        self._safe = set() if resumed is None else {resumed}
+        self._safe = set(safe)
+        self._acked: set[int] = set()
+        self._forgotten: list[str] = []
         self._exported: set[int] = set()
         self._log_size = 0
         self._log_due = time.monotonic() + LOG_SECONDS
         self._lock = asyncio.Lock()
         self._finished = False
+
+    def lost(self, update: int) -> None:
+        """Say that the checkpoint of an update is not safe after all: made again, it is uploaded again."""
+        self._safe.discard(update)
 
     async def run(self, poll: float) -> None:
         """Take up whatever is complete, for as long as this is awaited; outages are waited for.
@@ -68,7 +75,7 @@ class Uploads:
         """Take up all that is left, the log included; nothing is uploaded afterwards.
 
         Raises:
-            OUTAGE: not all of it is safe; it may be tried again.
+            Outage, or what `outages` makes one: not all of it is safe; it may be tried again.
             FenceLost, Damaged: as `run`.
         """
         await self._round(with_log=True)
@@ -79,6 +86,8 @@ class Uploads:
         async with self._lock:
             if self._finished:
                 return
+            await self._acknowledge()
+            await self._delete_forgotten()
             await self._checkpoints()
             await self._exports()
             if with_log:
@@ -90,19 +99,31 @@ class Uploads:
                 prefix = f"{self._prefix}update-{update}/checkpoint/"
                 manifest = await self._put_all(self._run_dir.checkpoint(update), prefix)
                 await self._record_checkpoint(update, manifest, prefix)
+                await self._acknowledge()
+                await self._delete_forgotten()
 
     async def _record_checkpoint(self, update: int, manifest: Manifest, prefix: str) -> None:
-        """Make it known and forget the oldest; their bytes go once that is committed."""
+        """Make it known and forget the oldest."""
         async with self._store.write() as session:
             await artifacts.record(
                 session, self._fence, "checkpoint", update, manifest.files, prefix, manifest.metrics
             )
             old = await artifacts.forget_older(session, self._fence, "checkpoint", KEPT_CHECKPOINTS)
         self._safe.add(update)
-        acks = Acks(checkpoints=tuple(sorted(self._safe)))
-        await asyncio.to_thread(self._run_dir.write_acks, acks)
-        for artifact in old:
-            await self._storage.delete_prefix(artifact.key_prefix)
+        self._forgotten += [artifact.key_prefix for artifact in old]
+
+    async def _acknowledge(self) -> None:
+        """Let the engine know what is safe; it waits for that."""
+        if self._acked != self._safe:
+            acks = Acks(checkpoints=tuple(sorted(self._safe)))
+            await asyncio.to_thread(self._run_dir.write_acks, acks)
+            self._acked = set(self._safe)
+
+    async def _delete_forgotten(self) -> None:
+        """The bytes of checkpoints go once it is committed that nobody knows them any more."""
+        while self._forgotten:
+            await self._storage.delete_prefix(self._forgotten[0])
+            self._forgotten.pop(0)
 
     async def _exports(self) -> None:
         for update in self._run_dir.complete_exports():

@@ -95,11 +95,11 @@ def _describe(status: int) -> str:
 
 
 def log_tail(log: Path, lines: int = LOG_LINES, size: int = LOG_BYTES) -> str:
-    """The last lines of an engine's log, within so many bytes; empty when there is none."""
+    """The last lines of an engine's log, within so many bytes; empty when there is none, or no disk."""
     try:
         with log.open("rb") as file:
             file.seek(max(0, log.stat().st_size - size))
             text = file.read().decode(errors="replace").replace("\x00", "\ufffd")
-    except FileNotFoundError:
-        return ""
+    except OSError:
+        return ""  # how a run ended is told all the same
     return "\n".join(text.splitlines()[-lines:])

@@ -100,6 +100,24 @@ async def latest(session: AsyncSession, project_id: str, job_id: str, kind: Arti
     return await session.scalar(_of(project_id, job_id, kind).limit(1))
 
 
+async def newest_first(
+    session: AsyncSession, project_id: str, job_id: str, kind: ArtifactKind
+) -> tuple[Artifact, ...]:
+    """All artifacts of a kind, the furthest first; of the same update, the newest attempt's first."""
+    return tuple(await session.scalars(_of(project_id, job_id, kind)))
+
+
+async def forget(session: AsyncSession, fence: Fence, artifacts: Sequence[Artifact]) -> None:
+    """Forget artifacts of a job. Their bytes are the caller's.
+
+    Raises:
+        FenceLost: the attempt is over; nothing was forgotten.
+    """
+    job = await lock(session, fence)
+    ids = [artifact.id for artifact in artifacts]
+    await session.execute(delete(Artifact).where(Artifact.job_id == job.id, Artifact.id.in_(ids)))
+
+
 async def forget_older(session: AsyncSession, fence: Fence, kind: ArtifactKind, keep: int) -> list[Artifact]:
     """Forget a job's artifacts of a kind but the `keep` furthest. The bytes of those returned are the
     caller's to delete, after the commit.
@@ -109,5 +127,5 @@ async def forget_older(session: AsyncSession, fence: Fence, kind: ArtifactKind, 
     """
     job = await lock(session, fence)
     old = list(await session.scalars(_of(job.project_id, job.id, kind).offset(keep)))
-    await session.execute(delete(Artifact).where(Artifact.id.in_([artifact.id for artifact in old])))
+    await forget(session, fence, old)
     return old

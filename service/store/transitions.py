@@ -77,13 +77,13 @@ _WISHES: dict[tuple[State, Wanted], State] = {
 
 @dataclass(frozen=True)
 class Claim:
-    """An attempt that begins. resume: the newest complete checkpoint. lease_until: unix seconds."""
+    """An attempt that begins. checkpoints: the complete ones, newest first. lease_until: unix seconds."""
 
     fence: Fence
     project_id: str
     spec: dict[str, Any]
     spec_version: int
-    resume: Artifact | None
+    checkpoints: tuple[Artifact, ...]
     lease_until: float
 
 
@@ -182,7 +182,7 @@ async def claim(
         project_id=taken.project_id,
         spec=taken.spec,
         spec_version=taken.spec_version,
-        resume=await artifacts.latest(session, taken.project_id, taken.id, "checkpoint"),
+        checkpoints=await artifacts.newest_first(session, taken.project_id, taken.id, "checkpoint"),
         lease_until=_lease_end(taken),
     )
 
@@ -243,6 +243,16 @@ async def set_plan(session: AsyncSession, fence: Fence, plan: dict[str, Any], to
         raise FenceLost(fence)
 
 
+async def warn(session: AsyncSession, fence: Fence, code: str, message: str) -> None:
+    """Tell the owner what a worker came upon, as an engine's warnings are told.
+
+    Raises:
+        FenceLost: nothing was written.
+    """
+    job = await lock(session, fence)
+    await events.append(session, job, [Draft("warning", job.update, {"code": code, "message": message})])
+
+
 async def succeed(session: AsyncSession, fence: Fence) -> None:
     """The run came to its end. Raises FenceLost."""
     await _move(session, await lock(session, fence), "succeeded")
@@ -276,19 +286,35 @@ async def paused(session: AsyncSession, fence: Fence) -> None:
     await _leave(session, await lock(session, fence), "pause", spend_attempt=False)
 
 
-async def requeue(session: AsyncSession, fence: Fence, reason: str, spend_attempt: bool) -> None:
+async def requeue(
+    session: AsyncSession,
+    fence: Fence,
+    reason: str,
+    spend_attempt: bool,
+    message: str = "",
+    log_tail: str | None = None,
+) -> None:
     """Let another attempt go on from the last checkpoint, or do what the owner wants instead.
 
     spend_attempt:
         Whether this attempt, if it made no progress, counts against the job: the last one of
         `MAX_STALLED_ATTEMPTS` fails it. No, when the worker was asked to leave.
+    message, log_tail:
+        What the job's error says of the attempt, should it be the last.
 
     Raises FenceLost.
     """
-    await _leave(session, await lock(session, fence), reason, spend_attempt)
+    await _leave(session, await lock(session, fence), reason, spend_attempt, message, log_tail)
 
 
-async def _leave(session: AsyncSession, job: Job, reason: str, spend_attempt: bool) -> None:
+async def _leave(
+    session: AsyncSession,
+    job: Job,
+    reason: str,
+    spend_attempt: bool,
+    detail: str = "",
+    log_tail: str | None = None,
+) -> None:
     """The end of an attempt that is not the end of the run."""
     given_back = case((Job.stalled_attempts > 0, Job.stalled_attempts - 1), else_=0)
     values: dict[str, Any] = {} if spend_attempt else {"stalled_attempts": given_back}
@@ -297,10 +323,8 @@ async def _leave(session: AsyncSession, job: Job, reason: str, spend_attempt: bo
         to = "cancelled" if job.wanted == "cancel" else "paused"
     elif spend_attempt and job.stalled_attempts >= MAX_STALLED_ATTEMPTS:
         to = "failed"
-        message = (
-            f"{job.stalled_attempts} attempts in a row ended without a step of progress; the last: {reason}."
-        )
-        values = _error(reason, message, None, ())
+        message = f"{job.stalled_attempts} attempts in a row ended without a step of progress; the last: "
+        values = _error(reason, message + (detail or f"{reason}."), log_tail, ())
     moved = await _move(session, job, to, reason, **values)
     assert moved is not None, "the caller holds the job's row"
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
 
 import pytest
 from sqlalchemy import make_url
@@ -153,21 +154,51 @@ async def test_a_job_whose_prompts_cannot_be_had_waits_for_them(embedded: Fleet)
     assert (await embedded.job(job_id)).state == "succeeded"
 
 
-async def test_a_damaged_checkpoint_in_storage_is_not_resumed_from(embedded: Fleet) -> None:
+async def paused_with(embedded: Fleet, damage: Callable[[Path], object]) -> tuple[str, list[int]]:
+    """A paused job, and the updates of its two checkpoints, of which the newer one is damaged in storage."""
     job_id = await embedded.submit()
     async with embedded.working(*ENDLESS):
-        await embedded.has_checkpoint(job_id, 2)
+        await embedded.has_checkpoint(job_id, 4)
         await embedded.wish(job_id, "pause")
-    [*_, checkpoint] = await embedded.artifacts(job_id, "checkpoint")
-    file = embedded.settings.data_dir / "storage" / checkpoint.key_prefix / "state.json"
-    file.write_text("{}")
-
+    checkpoints = await embedded.artifacts(job_id, "checkpoint")
+    damage(embedded.settings.data_dir / "storage" / checkpoints[-1].key_prefix / "state.json")
     await embedded.wish(job_id, "run")
-    await embedded.work("--updates", 1)
+    return job_id, [checkpoint.update for checkpoint in checkpoints]
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda file: file.write_text("{}"), Path.unlink], ids=["other", "missing"]
+)
+async def test_of_a_damaged_checkpoint_the_one_before_it_is_resumed_from(
+    embedded: Fleet, damage: Callable[[Path], object]
+) -> None:
+    job_id, (older, newer) = await paused_with(embedded, damage)
+    await embedded.work("--updates", newer + 2, "--save-every", 2)
 
     job = await embedded.job(job_id)
-    assert (job.state, job.error_code) == ("failed", "worker_error")
+    assert (job.state, job.attempt) == ("succeeded", 2)
+    assert [event.data["to"] for event in await embedded.events(job_id, "rewound")] == [older]
+    [warning] = await embedded.events(job_id, "warning")
+    assert warning.data["code"] == "damaged_checkpoint"
+    assert f"update {newer} " in str(warning.data["message"])
+    kept = await embedded.artifacts(job_id, "checkpoint")
+    assert {checkpoint.attempt for checkpoint in kept} == {2}, "what was made again is safe again"
+    [*_, last] = await embedded.artifacts(job_id, "export")
+    assert json.loads(await embedded.content(last, "adapter.json"))["state"] == chain(newer + 2)
+
+
+async def test_without_a_whole_checkpoint_a_job_begins_anew(embedded: Fleet) -> None:
+    job_id, _ = await paused_with(embedded, lambda file: [each.unlink() for each in every_state(file)])
+    await embedded.work("--updates", 3)
+
+    assert (await embedded.job(job_id)).state == "succeeded"
     assert await embedded.events(job_id, "rewound") == []
+    assert len(await embedded.events(job_id, "warning")) == 2
+
+
+def every_state(file: Path) -> list[Path]:
+    """The state of every checkpoint of the job whose one is given."""
+    return list(file.parents[3].rglob("checkpoint/state.json"))
 
 
 async def test_leaving_does_not_wait_for_the_database_for_ever(production: Fleet) -> None:

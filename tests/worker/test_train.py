@@ -205,11 +205,28 @@ async def test_a_lost_fence_ends_the_engine_and_writes_nothing_more(fleet: Fleet
 
 async def test_garbage_among_the_events_ends_the_attempts(embedded: Fleet) -> None:
     job_id = await embedded.submit()
-    await embedded.work("--garble-at", 0, "--save-every", 1_000_000, *ENDLESS)
+    for _ in range(3):
+        await embedded.work("--garble-at", 0, "--save-every", 1_000_000, *ENDLESS)
 
     job = await embedded.job(job_id)
     assert (job.state, job.error_code, job.attempt) == ("failed", "worker_error", 3)
+    assert "the last: ValidationError" in (job.error_message or "")
+    assert "arguments" in (job.error_log_tail or ""), "the engine's log, also where it was never uploaded"
     embedded.no_engine_left()
+
+
+async def test_a_machine_whose_disk_is_broken_fails_no_job(embedded: Fleet) -> None:
+    made = [await embedded.submit(), await embedded.submit()]
+    embedded.runs_dir.touch()
+    for _ in range(4):
+        await embedded.work()
+    for job_id in made:
+        assert (await embedded.job(job_id)).state == "queued"
+    assert (await embedded.job(made[0])).stalled_attempts == 0
+
+    embedded.runs_dir.unlink()
+    await embedded.work()
+    assert [(await embedded.job(job_id)).state for job_id in made] == ["succeeded", "succeeded"]
 
 
 async def test_what_only_the_worker_can_check_fails_the_job(embedded: Fleet) -> None:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 from pathlib import Path
 from typing import get_args
 
 import pytest
+from obstore.exceptions import GenericError
 
-from ppo_engine.run_dir import MANIFEST, RunDir, describe, write_atomic
+from ppo_engine.run_dir import MANIFEST, Acks, RunDir, describe, write_atomic
+from service.storage import Storage
 from service.store import transitions
 from service.store.models import Artifact, ArtifactKind
 from service.store.transitions import Fence, FenceLost
 from tests.worker.fleet import Fleet
 from tests.worker.waiting import eventually
+from worker.outage import Patience, persist
 from worker.upload import LOG_BYTES, Damaged, Uploads
 
 pytestmark = pytest.mark.anyio
@@ -49,7 +53,7 @@ def make(directory: Path, update: int, content: str = "{}") -> None:
 async def test_everything_is_uploaded_once_and_acknowledged(
     embedded: Fleet, fence: Fence, run_dir: RunDir
 ) -> None:
-    uploads = Uploads(embedded.store, embedded.storage, fence, run_dir, resumed=2)
+    uploads = Uploads(embedded.store, embedded.storage, fence, run_dir, safe=[2])
     running = asyncio.create_task(uploads.run(poll=0.01))
     make(run_dir.checkpoint(2), 2)
     make(run_dir.checkpoint(4), 4)
@@ -72,7 +76,7 @@ async def test_what_is_safe_is_not_uploaded_again(embedded: Fleet, fence: Fence,
 
         return [artifact.id for artifact in await eventually(look, f"{count} exports are known")]
 
-    uploads = Uploads(embedded.store, embedded.storage, fence, run_dir, resumed=None)
+    uploads = Uploads(embedded.store, embedded.storage, fence, run_dir)
     running = asyncio.create_task(uploads.run(poll=0.01))
     make(run_dir.export(2), 2)
     first = await exports(1)
@@ -84,7 +88,7 @@ async def test_what_is_safe_is_not_uploaded_again(embedded: Fleet, fence: Fence,
 async def test_what_has_no_manifest_is_not_there_yet(embedded: Fleet, fence: Fence, run_dir: RunDir) -> None:
     make(run_dir.checkpoint(2), 2)
     (run_dir.checkpoint(2) / MANIFEST).unlink()
-    await Uploads(embedded.store, embedded.storage, fence, run_dir, None).finish()
+    await Uploads(embedded.store, embedded.storage, fence, run_dir).finish()
     assert await embedded.artifacts(fence.job_id, "checkpoint") == []
 
 
@@ -96,14 +100,14 @@ async def test_a_file_that_is_not_what_its_manifest_says_is_never_known(
     make(directory, 2, json.dumps({"state": 1}))
     (directory / "state.json").write_text(json.dumps({"state": 2}))
     with pytest.raises(Damaged, match=r"state\.json does not have the sha256"):
-        await Uploads(embedded.store, embedded.storage, fence, run_dir, None).finish()
+        await Uploads(embedded.store, embedded.storage, fence, run_dir).finish()
     assert await embedded.artifacts(fence.job_id, "checkpoint") == []
     assert await embedded.artifacts(fence.job_id, "export") == []
 
 
 async def test_of_a_very_long_log_the_end_is_kept(embedded: Fleet, fence: Fence, run_dir: RunDir) -> None:
     run_dir.log.write_bytes(b"x" * LOG_BYTES + b"the end")
-    await Uploads(embedded.store, embedded.storage, fence, run_dir, None).finish()
+    await Uploads(embedded.store, embedded.storage, fence, run_dir).finish()
     [log] = await embedded.artifacts(fence.job_id, "log")
     assert log.files[0]["size"] == LOG_BYTES
     assert (await embedded.log(fence.job_id)).endswith("xthe end")
@@ -115,6 +119,48 @@ async def test_without_the_fence_nothing_becomes_known(
     make(run_dir.checkpoint(2), 2)
     await embedded.take_away(fence.job_id)
     with pytest.raises(FenceLost):
-        await Uploads(embedded.store, embedded.storage, fence, run_dir, None).finish()
+        await Uploads(embedded.store, embedded.storage, fence, run_dir).finish()
     assert await embedded.artifacts(fence.job_id, "checkpoint") == []
     assert run_dir.read_acks() is None
+
+
+class FullDisk(RunDir):
+    """Has no room for acks, so many times."""
+
+    refusals = 1
+
+    def write_acks(self, acks: Acks) -> None:
+        if self.refusals:
+            self.refusals -= 1
+            raise OSError(errno.ENOSPC, "no room")
+        super().write_acks(acks)
+
+
+class Reluctant(Storage):
+    """Deletes nothing, so many times."""
+
+    refusals = 1
+
+    async def delete_prefix(self, prefix: str) -> None:
+        if self.refusals:
+            self.refusals -= 1
+            raise GenericError("not now")
+        await super().delete_prefix(prefix)
+
+
+async def test_what_failed_after_a_checkpoint_was_known_is_made_up_for(
+    embedded: Fleet, fence: Fence, tmp_path: Path
+) -> None:
+    run_dir = FullDisk(tmp_path / "run")
+    storage = Reluctant.open(embedded.settings.storage_url)
+    uploads = Uploads(embedded.store, storage, fence, run_dir)
+    for update in (2, 4, 6):
+        make(run_dir.checkpoint(update), update)
+    await persist(uploads.finish, Patience(60.0))
+
+    acks = run_dir.read_acks()
+    assert acks is not None
+    assert acks.checkpoints == (2, 4, 6)
+    kept = (embedded.settings.data_dir / "storage").rglob("state.json")
+    assert {path.parent.parent.name for path in kept} == {"update-4", "update-6"}
+    assert run_dir.refusals == storage.refusals == 0

@@ -67,11 +67,11 @@ async def test_a_claim_begins_an_attempt(store: Store, project: str):
     job_id = await make_job(store, project, spec={"version": 1, "x": 1})
     taken = await claim(store, "w7")
     assert taken.fence == Fence(job_id, 1, "w7")
-    assert (taken.project_id, taken.spec, taken.spec_version, taken.resume) == (
+    assert (taken.project_id, taken.spec, taken.spec_version, taken.checkpoints) == (
         project,
         {"version": 1, "x": 1},
         1,
-        None,
+        (),
     )
     job = await look(store, job_id)
     assert (job.state, job.attempt, job.worker, job.queued_at) == ("running", 1, "w7", None)
@@ -408,7 +408,7 @@ async def test_a_queue_is_its_own(store: Store, project: str):
         assert await transitions.claim(session, worker="w", queue="large") is not None
 
 
-async def test_a_later_attempt_resumes_from_the_furthest_checkpoint(store: Store, project: str):
+async def test_a_later_attempt_is_given_the_checkpoints_furthest_first(store: Store, project: str):
     fence = await running(store, project)
     file = ManifestFile(name="state.safetensors", size=3, sha256="ab")
     async with store.write() as session:
@@ -416,7 +416,9 @@ async def test_a_later_attempt_resumes_from_the_furthest_checkpoint(store: Store
             await artifacts.record(session, fence, "checkpoint", update, [file], f"jobs/x/{update}/")
         await artifacts.record(session, fence, "export", 30, [file], "jobs/x/30/")
         await transitions.requeue(session, fence, "lost", spend_attempt=True)
-    resume = (await claim(store)).resume
-    assert resume is not None
-    assert (resume.update, resume.attempt, resume.key_prefix) == (20, 1, "jobs/x/20/")
-    assert resume.files == [file.model_dump()]
+    found = (await claim(store)).checkpoints
+    assert [(made.update, made.attempt, made.key_prefix) for made in found] == [
+        (20, 1, "jobs/x/20/"),
+        (10, 1, "jobs/x/10/"),
+    ]
+    assert found[0].files == [file.model_dump()]
