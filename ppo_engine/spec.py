@@ -16,6 +16,13 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, JsonValue, Val
 
 SPEC_VERSION: Literal[1] = 1
 
+SECRET_PREFIX = "PROXIMA_SECRET_"
+"""Of the variables in a worker's environment that hold the secrets specs may name."""
+_SECRET_NAME = regex.compile(r"[A-Z][A-Z0-9_]{0,63}")
+_SECRET_OPTION = regex.compile(
+    r"(?i)secret|passw|credential|(api|access|private|signing)_?key|(auth|access|api|bearer)_?token"
+)
+
 Loc = tuple[str | int, ...]
 
 
@@ -196,7 +203,8 @@ class Plugin(RewardPart):
     plugin: str = Field(min_length=1)
     """The entry point's name."""
     options: dict[str, JsonValue] = Field(default_factory=dict)
-    """Keyword arguments of its factory."""
+    """Keyword arguments of its factory. `{"secret": "NAME"}` stands for a value that the operator gives the
+    worker as `PROXIMA_SECRET_NAME`; a spec itself holds no secrets."""
 
 
 Reward = Annotated[ModelReward | StringCheck | Regex | Length | Plugin, Discriminator("type")]
@@ -436,6 +444,8 @@ def _check_rewards(rewards: Sequence[RewardPart]) -> Iterator[Issue]:
             )
         if isinstance(reward, Regex):
             yield from _check_pattern(reward, index)
+        if isinstance(reward, Plugin):
+            yield from _check_options(reward, index)
 
 
 def _check_pattern(reward: Regex, index: int) -> Iterator[Issue]:
@@ -446,6 +456,37 @@ def _check_pattern(reward: Regex, index: int) -> Iterator[Issue]:
             loc=("rewards", index, "pattern"),
             msg=f"{shown(reward.pattern)} given; not a regular expression of Python's regex module: {error}.",
         )
+
+
+def _check_options(reward: Plugin, index: int) -> Iterator[Issue]:
+    for name, value in reward.options.items():
+        loc: Loc = ("rewards", index, "options", name)
+        if isinstance(value, dict) and "secret" in value and secret_name(value) is None:
+            yield Issue(
+                loc=loc,
+                msg=f'{shown(value)} given; a secret is {{"secret": "NAME"}}, its name in capitals, '
+                "digits, and _.",
+            )
+        elif isinstance(value, str) and _SECRET_OPTION.search(name):
+            yield Issue(
+                loc=loc,
+                msg="A text given for what looks like a secret; a spec holds none, since it is stored and "
+                'shown: have the operator set PROXIMA_SECRET_NAME, and give {"secret": "NAME"}.',
+            )
+
+
+def secret_name(option: JsonValue) -> str | None:
+    """The name of the secret that an option stands for; None: it stands for itself."""
+    if not isinstance(option, dict) or set(option) != {"secret"}:
+        return None
+    name = option["secret"]
+    return name if isinstance(name, str) and _SECRET_NAME.fullmatch(name) else None
+
+
+def secrets(spec: RunSpec) -> set[str]:
+    """The names of all secrets that a run is given."""
+    options = [reward.options.values() for reward in spec.rewards if isinstance(reward, Plugin)]
+    return {name for values in options for value in values if (name := secret_name(value)) is not None}
 
 
 def _check_adapters(spec: RunSpec) -> Iterator[Issue]:

@@ -12,9 +12,11 @@ from pathlib import Path
 
 from ppo_engine.run_dir import RunDir
 from ppo_engine.spec import HubModel
+from worker.outage import Outage
 from worker.process import Program, running
 
 DOWNLOAD = Path(__file__).with_name("hub_download.py")
+LATER = 75  # as there: what could not be had now may be had another time
 ANSWER = ".snapshot"
 
 
@@ -33,6 +35,7 @@ class Hub:
 
         Raises:
             ModelUnavailable: it cannot be had.
+            Outage: the hub, or the way to it, is away.
         """
         answer = run_dir.path / ANSWER
         answer.unlink(missing_ok=True)
@@ -46,6 +49,9 @@ class Hub:
         async with running(program) as process:
             status = await process.wait()
         told = answer.read_text() if answer.exists() else f"The download ended with status {status}."
+        message = f"{model.repo} at {model.revision} cannot be had from the hub: {told}"
+        if status == LATER:
+            raise Outage(message)
         if status != 0:
-            raise ModelUnavailable(f"{model.repo} at {model.revision} cannot be had from the hub: {told}")
+            raise ModelUnavailable(message)
         return Path(told)

@@ -2,8 +2,9 @@
 
     hub_download.py REPO REVISION ANSWER
 
-It writes the snapshot's directory into the file ANSWER and ends with status 0; or, with status 1, why there
-is none. It is run by its path, below a guard: a download takes long, and can be ended at any moment.
+It writes the snapshot's directory into the file ANSWER and ends with status 0; or why there is none, with
+status 1, or with `LATER` where the same may be had another time. It is run by its path, below a guard: a
+download takes long, and can be ended at any moment.
 """
 
 from __future__ import annotations
@@ -12,7 +13,17 @@ import sys
 import traceback
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import (
+    DisabledRepoError,
+    HFValidationError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+LATER = 75  # EX_TEMPFAIL of sysexits.h
+NEVER = (RepositoryNotFoundError, RevisionNotFoundError, DisabledRepoError, HFValidationError)
+"""Closed repositories, which ask for another token, are among those not found."""
 
 # What models and tokenizers are made of; pickled weights are left where they are.
 PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
@@ -25,7 +36,7 @@ def main(repo: str, revision: str, answer: Path) -> int:
         # Whatever the hub, the network, or the disk raises, it is why the model cannot be had.
         traceback.print_exc()
         answer.write_text(str(error).strip().partition("\n")[0])
-        return 1
+        return 1 if isinstance(error, NEVER) or constants.HF_HUB_OFFLINE else LATER
     answer.write_text(snapshot)
     return 0
 

@@ -10,14 +10,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from ppo_engine.run_dir import Acks, RunDir
-from ppo_engine.spec import RunSpec, SpecError
+from ppo_engine.spec import SECRET_PREFIX, RunSpec, SpecError, secrets
 from service.queue import ring
 from service.storage import Storage
 from service.store import artifacts, transitions
@@ -37,8 +37,8 @@ from worker.verdict import Verdict, invalid, judge, log_tail, stopped
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.5
-STORAGE_PATIENCE = 600.0
-"""Seconds for which an attempt waits for storage that is away, before another one is to try."""
+PATIENCE_SECONDS = 600.0
+"""For which an attempt waits for storage, or a hub, that is away, before another one is to try."""
 
 
 @dataclass(frozen=True)
@@ -151,6 +151,8 @@ class Attempt:
             return invalid(tuple(error.issues))
         except ModelUnavailable as error:
             return Verdict("failed", code="model_unavailable", message=str(error))
+        except Outage as outage:
+            return Verdict("queued", code="outage", message=str(outage), spend_attempt=True)
         if ready is None:
             assert self._relay.wish is not None, "only a wish keeps a run from being prepared"
             return stopped(self._relay.wish)
@@ -161,7 +163,7 @@ class Attempt:
     async def _prepare(self) -> Ready | None:
         """None: the run is to stop before it has begun."""
         settings = self._worker.settings
-        environment = self._environment(())
+        environment = self._environment()
         preparation = Preparation(
             store=self._worker.store,
             storage=self._worker.storage,
@@ -171,7 +173,7 @@ class Attempt:
             gpus=len(self._worker.gpus),
         )
         task = asyncio.create_task(
-            persist(partial(self._fill, preparation), self._patience(STORAGE_PATIENCE))
+            persist(partial(self._fill, preparation), self._patience(PATIENCE_SECONDS))
         )
         try:
             await self._unless_stopping(task)
@@ -217,16 +219,17 @@ class Attempt:
                 self._run_dir.path,
                 self._fence.attempt,
             ),
-            environment=self._environment(self._worker.gpus[: spec.resources.gpus]),
+            environment=self._environment(self._worker.gpus[: spec.resources.gpus], secrets(spec)),
             directory=self._run_dir.path,
             output=self._run_dir.log,
             lease=self._run_dir.control,
             grace_seconds=settings.kill_grace_seconds,
         )
 
-    def _environment(self, gpus: tuple[str, ...]) -> dict[str, str]:
+    def _environment(self, gpus: tuple[str, ...] = (), secrets: Collection[str] = ()) -> dict[str, str]:
         settings = self._worker.settings
-        return launch.environment(os.environ, settings.engine_environment, gpus, settings.allow_hub_models)
+        more = [*settings.engine_environment, *(SECRET_PREFIX + name for name in secrets)]
+        return launch.environment(os.environ, more, gpus, settings.allow_hub_models)
 
     async def _follow(self, process: Process) -> int:
         """Until the engine has ended: by itself, politely asked, or firmly."""
@@ -256,7 +259,7 @@ class Attempt:
     async def _upload_rest(self, verdict: Verdict) -> Verdict:
         """What the engine left when it ended; a run has succeeded only when its policy is safe."""
         try:
-            await persist(self._uploads.finish, self._patience(STORAGE_PATIENCE))
+            await persist(self._uploads.finish, self._patience(PATIENCE_SECONDS))
         except Outage as outage:
             log.error("%s: the last uploads were given up: %s", self._fence.job_id, outage)
             if verdict.state == "succeeded":

@@ -8,12 +8,13 @@ The factory is called once per process of a run, with the options of the spec. K
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from importlib.metadata import entry_points
 from typing import Any
 
 from ppo_engine.rewards.contract import Reward, RewardError
-from ppo_engine.spec import shown
+from ppo_engine.spec import SECRET_PREFIX, secret_name, shown
 
 GROUP = "proxima.rewards"
 
@@ -26,15 +27,18 @@ def installed() -> list[str]:
 def load(plugin: str, options: Mapping[str, Any]) -> Reward:
     """Make the reward of a plug-in.
 
+    options: as in the spec; secrets are put in place of their names here.
+
     Raises:
-        RewardError: there is no such plug-in, it cannot be imported, it refuses the options, or what it
-            makes cannot be called.
+        RewardError: there is no such plug-in or secret, it cannot be imported, it refuses the options, or
+            what it makes cannot be called.
     """
     found = list(entry_points(group=GROUP, name=plugin))
     if not found:
         raise RewardError(f"{shown(plugin)} given; installed are {shown(installed())}: choose one of these.")
+    given = {name: _revealed(value) for name, value in options.items()}
     try:
-        reward = found[0].load()(**options)
+        reward = found[0].load()(**given)
     except Exception as error:  # a plug-in is anybody's code; whatever it raises refuses the run, by name
         raise RewardError(
             f"The plug-in {shown(plugin)} failed with options {shown(dict(options))}: "
@@ -46,3 +50,16 @@ def load(plugin: str, options: Mapping[str, Any]) -> Reward:
         )
     made: Reward = reward
     return made
+
+
+def _revealed(option: Any) -> Any:
+    name = secret_name(option)
+    if name is None:
+        return option
+    value = os.environ.get(SECRET_PREFIX + name)
+    if value is None:
+        raise RewardError(
+            f"The secret {shown(name)} is named, which this machine has not; its operator sets "
+            f"{SECRET_PREFIX}{name} for the worker."
+        )
+    return value

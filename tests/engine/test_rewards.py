@@ -149,9 +149,17 @@ def test_plugin_with_options_and_columns() -> None:
 
 
 @pytest.mark.usefixtures("installed_plugin")
+def test_a_plugin_is_given_the_secret_and_nobody_else_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PROXIMA_SECRET_WORD", "two")
+    options = {"word": {"secret": "WORD"}, "weight": 1.0}
+    assert scores({"type": "plugin", "plugin": "counts", "options": options}, batch("one two two")) == [2]
+
+
+@pytest.mark.usefixtures("installed_plugin")
 @pytest.mark.parametrize(
     ("plugin", "options", "message"),
     [
+        ("counts", {"word": {"secret": "NONE"}}, r'"NONE" is named.*PROXIMA_SECRET_NONE'),
         ("cheerful", {}, r'"cheerful" given; installed are .*"counts"'),
         ("counts", {"wrod": "two"}, "failed with options .*wrod.* TypeError"),
         ("absent", {}, "AttributeError"),

@@ -75,6 +75,20 @@ def test_a_spec_needs_a_model_prompts_and_rewards_only() -> None:
             "rewards.0.reference",
             ["null", "exactly one"],
         ),
+        (
+            {"rewards": [{"type": "plugin", "name": "x", "plugin": "p", "options": {"api_key": "sk-1"}}]},
+            "rewards.0.options.api_key",
+            ["A text given", "a spec holds none", '{"secret": "NAME"}'],
+        ),
+        (
+            {
+                "rewards": [
+                    {"type": "plugin", "name": "x", "plugin": "p", "options": {"k": {"secret": "a b"}}}
+                ]
+            },
+            "rewards.0.options.k",
+            ['"a b"', "in capitals"],
+        ),
         ({"prompts": {"train": "../../etc/passwd"}}, "prompts.train", ["../../etc/passwd"]),
         ({"model": {"type": "hub", "repo": "nobody"}}, "model.repo", ['"nobody"']),
     ],

@@ -10,7 +10,9 @@ import pytest
 
 from ppo_engine.run_dir import RunDir
 from ppo_engine.spec import HubModel
+from tests.servers import free_port
 from tests.worker.fleet import MODEL, SPEC, Fleet
+from worker import train
 from worker.hub import Hub, ModelUnavailable
 
 pytestmark = pytest.mark.anyio
@@ -54,6 +56,19 @@ async def test_a_model_that_cannot_be_had_fails_the_job_and_says_which(embedded:
     job = await embedded.job(job_id)
     assert (job.state, job.error_code) == ("failed", "model_unavailable")
     assert "acme/other at main cannot be had from the hub: " in (job.error_message or "")
+
+
+async def test_a_hub_that_is_away_is_asked_again_by_later_attempts(
+    embedded: Fleet, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{free_port()}")
+    monkeypatch.setattr(train, "PATIENCE_SECONDS", 0.0)
+    job_id = await embedded.submit({**SPEC, "model": {"type": "hub", "repo": "acme/other"}})
+    await embedded.work("--updates", 1)
+    job = await embedded.job(job_id)
+    assert (job.state, job.error_code, job.attempt) == ("failed", "outage", 3)
+    assert "the last: acme/other at main cannot be had from the hub: " in (job.error_message or "")
 
 
 async def test_where_the_operator_allows_no_hub_none_is_asked(embedded: Fleet, cache: Path) -> None:

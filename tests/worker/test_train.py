@@ -270,6 +270,25 @@ async def test_the_engine_sees_nothing_of_the_workers_secrets(
     assert told["arguments"][-2:] == ["--attempt", "1"]
 
 
+async def test_the_engine_gets_the_secrets_that_its_spec_names(
+    embedded: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PROXIMA_SECRET_JUDGE", "ours")
+    monkeypatch.setenv("PROXIMA_SECRET_OTHER", "theirs")
+    judge = {
+        "type": "plugin",
+        "name": "judge",
+        "plugin": "happiness",
+        "options": {"key": {"secret": "JUDGE"}},
+    }
+    job_id = await embedded.submit({**SPEC, "rewards": [judge]})
+    await embedded.work()
+
+    environment = json.loads((await embedded.log(job_id)).splitlines()[0])["environment"]
+    given = {name: value for name, value in environment.items() if name.startswith("PROXIMA")}
+    assert given == {"PROXIMA_SECRET_JUDGE": "ours"}
+
+
 async def test_an_ended_loop_leaves_no_engine(embedded: Fleet) -> None:
     job_id = await embedded.submit()
     task = asyncio.create_task(embedded.work(*ENDLESS, "--rank"))
