@@ -83,7 +83,7 @@ def test_a_spec_needs_a_model_prompts_and_rewards_only() -> None:
         (
             {"rewards": [{"type": "plugin", "name": "x", "plugin": "p", "options": {"k": {"secret": "b"}}}]},
             "rewards.0.options.k",
-            ['"a b"', "in capitals"],
+            ['"b"', "in capitals"],
         ),
         ({"prompts": {"train": "../../etc/passwd"}}, "prompts.train", ["../../etc/passwd"]),
         ({"model": {"type": "hub", "repo": "nobody"}}, "model.repo", ['"nobody"']),
