@@ -5,7 +5,8 @@
 VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
-PYTEST_ARGS ?=
+# Two test processes, each with whole files: tests of one file share servers, and runs that took long to make.
+PYTEST_ARGS ?= --numprocesses 2 --dist loadfile
 
 # uv does not read pip's setting of a directory with wheels.
 UV_ENV := $(if $(PIP_FIND_LINKS),UV_FIND_LINKS="$(PIP_FIND_LINKS)")

@@ -26,7 +26,9 @@ from typing import NoReturn
 
 from service import migrate
 from service.admin import create_key
-from service.settings import Settings
+from service.errors import Unauthenticated
+from service.settings import Settings, create_private
+from service.store import keys
 from service.store.session import Store
 
 CHECKOUT = Path(__file__).parents[1]
@@ -89,22 +91,33 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _first_key(settings: Settings) -> str:
-    """The key of the project "default", made once, and kept in a file that only its owner reads."""
-    path = settings.data_dir / "api.key"
-    if path.exists():
-        return path.read_text().strip()
+    """A key of the project "default", kept in a file that only its owner reads.
 
-    async def make() -> str:
+    A new one is made where there is none, or where the one in the file opens nothing (any more).
+    """
+    path, secret = settings.data_dir / "api.key", settings.read_key_secret()
+
+    async def find_or_make() -> str:
         store = Store.open(settings.database_url)
         try:
-            return await create_key(store, settings.read_key_secret(), "default", "first")
+            if path.exists() and await _opens(store, secret, path.read_text().strip()):
+                return path.read_text().strip()
+            path.unlink(missing_ok=True)
+            create_private(path, await create_key(store, secret, "default", "first") + "\n")
+            return path.read_text().strip()
         finally:
             await store.close()
 
-    key = asyncio.run(make())
-    path.touch(mode=0o600)
-    path.write_text(key + "\n")
-    return key
+    return asyncio.run(find_or_make())
+
+
+async def _opens(store: Store, secret: bytes, key: str) -> bool:
+    try:
+        async with store.read() as session:
+            await keys.find_key(session, secret, key)
+    except Unauthenticated:
+        return False
+    return True
 
 
 def _run(host: str, port: int | None, environment: Mapping[str, str], key: str, signals: Signals) -> None:
@@ -151,6 +164,8 @@ def _listen(host: str, port: int | None) -> socket.socket:
         listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         try:
             listening.bind((host, candidate))
+            # Not left to uvicorn: until somebody listens, another stack could bind the same port.
+            listening.listen()
         except OSError as error:
             listening.close()
             problem = error
@@ -192,7 +207,8 @@ def _wait_until_answering(url: str, running: Mapping[str, subprocess.Popen[bytes
     while time.monotonic() < deadline:
         _check(running, signals)
         try:
-            with urllib.request.urlopen(f"{url}/livez", timeout=5):
+            # Short: while the API starts, its port already takes connections, and a signal is to be seen.
+            with urllib.request.urlopen(f"{url}/livez", timeout=1):
                 return
         except OSError:
             time.sleep(POLL_SECONDS)

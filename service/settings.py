@@ -92,11 +92,11 @@ class Settings(BaseSettings):
             return secret.encode()
         path = self.data_dir / "key.secret"
         if not path.exists():
-            _create_private(path, secrets.token_hex(32))
+            create_private(path, secrets.token_hex(32))
         return path.read_bytes()
 
 
-def _create_private(path: Path, content: str) -> None:
+def create_private(path: Path, content: str) -> None:
     """Create a file that only its owner reads, whole from the first moment, unless there is one by now."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with NamedTemporaryFile("w", dir=path.parent) as file:  # readable to its owner only

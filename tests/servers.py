@@ -22,7 +22,7 @@ import pytest
 import redis
 from sqlalchemy import URL, make_url
 
-DEADLINE_SECONDS = 60.0
+DEADLINE_SECONDS = 300.0
 
 
 def absent(what: str, how: str) -> NoReturn:

@@ -2,12 +2,17 @@
 
 import importlib.util
 import re
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from service.settings import Settings
+from tests.conftest import NewDatabase
 from tests.deploy.places import COMPOSE, ROOT, compose, run_tool
+from worker import launch
 from worker.settings import WorkerSettings
 
 SERVICES: dict[str, Any] = compose()["services"]
@@ -37,7 +42,7 @@ def test_is_started_again_when_it_dies(name: str) -> None:
     assert SERVICES[name]["restart"] == "unless-stopped"
 
 
-@pytest.mark.parametrize("name", ["postgres", "redis", "api"])
+@pytest.mark.parametrize("name", ["postgres", "redis", "api", "worker"])
 def test_says_when_it_is_healthy(name: str) -> None:
     assert SERVICES[name]["healthcheck"]["test"]
 
@@ -72,10 +77,39 @@ def test_worker_reserves_gpus() -> None:
 
 
 @pytest.mark.parametrize("name", OURS)
-def test_every_variable_is_a_setting(name: str) -> None:
+def test_every_variable_is_a_setting_or_the_engines(name: str) -> None:
     settings = WorkerSettings if name == "worker" else Settings
     known = {settings.model_config["env_prefix"] + field.upper() for field in settings.model_fields}
-    assert set(SERVICES[name]["environment"]) <= known
+    others = set(SERVICES[name]["environment"]) - known
+    assert others == ({"HF_TOKEN"} if name == "worker" else set())
+    assert all(launch.PASSED.fullmatch(other) for other in others)
+
+
+def test_worker_is_given_the_time_that_it_may_take_to_stop() -> None:
+    minutes = re.fullmatch(r"(\d+)m", SERVICES["worker"]["stop_grace_period"])
+    assert minutes is not None
+    settings = WorkerSettings(data_dir=ROOT)
+    # The engine ends its update, or is ended; its checkpoint is stored; the job is handed back.
+    assert int(minutes[1]) * 60 > 3 * settings.stop_grace_seconds + settings.kill_grace_seconds
+
+
+@pytest.mark.parametrize(
+    ("settings", "healthy"),
+    [
+        ({}, True),
+        ({"PROXIMA_DATABASE_URL": "postgresql://127.0.0.1:1/none"}, False),
+        ({"PROXIMA_STORAGE_URL": "file:///dev/null/none"}, False),
+    ],
+)
+def test_worker_is_healthy_when_database_and_storage_answer(
+    settings: dict[str, str], healthy: bool, new_sqlite: NewDatabase, tmp_path: Path
+) -> None:
+    _, program, *arguments = SERVICES["worker"]["healthcheck"]["test"]
+    assert program == "python"
+    given = {"PROXIMA_DATA_DIR": str(tmp_path), "PROXIMA_DATABASE_URL": new_sqlite(), **settings}
+    asked = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=given, capture_output=True, text=True)
+    assert (asked.returncode == 0) == healthy, asked.stderr
+    assert "SyntaxError" not in asked.stderr
 
 
 def test_only_the_api_is_published_and_only_to_this_machine() -> None:
@@ -109,7 +143,9 @@ def test_modules_named_by_its_command_exist(name: str) -> None:
 
 
 def test_example_environment_names_exactly_what_the_compose_file_reads() -> None:
-    passed_on = {name for name, value in SERVICES["api"]["environment"].items() if value is None}
+    passed_on = {
+        name for part in OURS for name, value in SERVICES[part]["environment"].items() if value is None
+    }
     read = set(re.findall(r"\$\{(\w+)", COMPOSE.read_text())) | passed_on
     example = (ROOT / ".env.example").read_text()
     assert set(re.findall(r"^#?(\w+)=", example, re.MULTILINE)) == read

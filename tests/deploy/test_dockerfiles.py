@@ -91,5 +91,12 @@ def test_the_api_image_has_no_torch() -> None:
     assert brought.isdisjoint({"torch", "transformers", "peft", "accelerate", "deepspeed"})
 
 
+def test_the_worker_image_has_the_compiler_that_triton_calls() -> None:
+    steps = instructions(ROOT / "deploy/Dockerfile.worker")
+    final = steps[max(index for index, (name, _) in enumerate(steps) if name == "FROM") :]
+    [install] = [arguments for name, arguments in final if name == "RUN" and "apt-get install" in arguments]
+    assert {"gcc", "libc6-dev"} <= set(install.split())
+
+
 def test_the_worker_image_has_torch() -> None:
     assert {"torch", "transformers", "peft", "celery"} <= requirements_of_extra("worker")

@@ -1,6 +1,5 @@
 """The embedded stack, once for all end-to-end tests, with a small model that jobs may name."""
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,14 +13,18 @@ from tests.engine import tiny
 TINY = "tiny"
 
 
-@pytest.fixture(autouse=True, scope="session")
-def _one_thread() -> None:
+@pytest.fixture(autouse=True, scope="package")
+def _one_thread() -> Iterator[None]:
     """Here, and in the engines, which inherit this environment."""
-    os.environ["OMP_NUM_THREADS"] = "1"
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("OMP_NUM_THREADS", "1")
+        yield
+    torch.set_num_threads(threads)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory whose models jobs may name; `TINY` is a Llama of two layers."""
     directory = tmp_path_factory.mktemp("models")
@@ -29,7 +32,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def service(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     with running(tmp_path_factory.mktemp("stack"), models) as service:
         yield service

@@ -1,5 +1,7 @@
 """A job from POST to a policy in use: LoRA, full fine-tuning, and one that is cancelled on its way."""
 
+import io
+import tarfile
 import uuid
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ import torch
 from peft import PeftModel
 from randomwalks.client import Proxima
 from randomwalks.stack import Service
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -58,6 +60,30 @@ def tensors_in(directory: Path) -> dict[str, Tensor]:
     return weights
 
 
+def read_archive(service: Service, job_id: str) -> dict[str, bytes]:
+    """The files of a job's archive: those of its newest checkpoint, byte for byte."""
+    headers = {"Authorization": f"Bearer {service.key}"}
+
+    def get(path: str) -> httpx.Response:
+        url = f"{service.url}/v1/jobs/{job_id}/{path}"
+        return httpx.get(url, headers=headers, timeout=60).raise_for_status()
+
+    with tarfile.open(fileobj=io.BytesIO(get("adapter").content)) as tar:
+        packed = {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
+    newest = get("checkpoints").json()["data"][-1]
+    url = f"checkpoints/{newest['update']}/files"
+    assert packed == {file["name"]: get(f"{url}/{file['name']}").content for file in newest["files"]}
+    return packed
+
+
+def tensors_of(packed: dict[str, bytes]) -> set[str]:
+    """The names of all tensors of an archive, whose other files are text."""
+    weights = {name for name in packed if name.endswith(".safetensors")}
+    for name in packed.keys() - weights:
+        packed[name].decode()
+    return {tensor for name in weights for tensor in load(packed[name])}
+
+
 def check_events(events: list[dict[str, Any]]) -> None:
     """Numbered without gaps, every update in its order, and the states of a job that goes well."""
     assert [event["seq"] for event in events] == list(range(1, len(events) + 1))
@@ -79,6 +105,34 @@ def test_a_lora_job_ends_as_an_adapter_that_peft_loads(
     before = logits_of(base, models / TINY)
     after = logits_of(PeftModel.from_pretrained(base, adapter), adapter)
     assert not torch.allclose(before, after)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"type": "lora", "r": 4},
+        {"type": "lora", "r": 4, "value": {"type": "model"}},
+        {"type": "full"},
+        {"type": "full", "value": {"type": "head"}},
+    ],
+    ids=lambda method: "-".join([method["type"], method.get("value", {}).get("type", "default")]),
+)
+def test_an_archive_holds_the_policy_and_nothing_else(
+    proxima: Proxima, service: Service, models: Path, method: dict[str, Any]
+) -> None:
+    """Nothing of the value head, the critic, the optimizer, or the reference, by any name."""
+    job_id, _ = run(proxima, method)
+    found = tensors_of(read_archive(service, job_id))
+    base = set(tensors_in(models / TINY))
+    if method["type"] == "full":
+        assert found == base
+        return
+    targets = [name for name in base if name.endswith("_proj.weight")]
+    assert found == {
+        f"base_model.model.{name.removesuffix('.weight')}.lora_{side}.weight"
+        for name in targets
+        for side in "AB"
+    }
 
 
 def test_a_full_job_ends_as_a_model_that_transformers_loads(
@@ -108,6 +162,25 @@ def test_a_cancelled_job_keeps_what_it_learned(
     assert 2 <= proxima.job(job["id"])["update"] < 10_000
     adapter = proxima.download_adapter(job["id"], tmp_path / "adapter")
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(models / TINY), adapter)
+
+
+def test_a_prompt_longer_than_the_context_fails_its_job_and_the_worker_takes_the_next(
+    proxima: Proxima,
+) -> None:
+    long = {"prompt": " ".join([WORDS[6]] * 600)}
+    spec = spec_of(proxima, {"type": "lora", "r": 4}, 1)
+    bad = spec | {"prompts": {"train": proxima.upload("long.jsonl", [*PROMPTS, long])}}
+    ids = [proxima.create("e2e", one, str(uuid.uuid4()))["id"] for one in (bad, spec)]
+    assert list(proxima.follow(ids[0]))[-1]["data"]["state"] == "failed"
+    error = proxima.job(ids[0])["error"]
+    assert error["code"] == "invalid_spec"
+    [issue] = error["issues"]
+    assert issue["loc"] == ["prompts", "train"]
+    assert "a prompt of 601 tokens" in issue["msg"], "what was given: the tokenizer puts one before"
+    assert "context less response_length" in issue["msg"], "the rule"
+    assert "shorten" in issue["msg"], "the fix"
+    assert "Traceback" not in error["message"]
+    assert list(proxima.follow(ids[1]))[-1]["data"]["state"] == "succeeded"
 
 
 def test_a_job_submitted_twice_under_one_key_is_one_job(proxima: Proxima) -> None:

@@ -21,6 +21,8 @@ from randomwalks.client import Proxima
 from randomwalks.stack import running
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.servers import absent
+
 CHECKOUT = Path(__file__).parents[2]
 STORIES = CHECKOUT / "examples" / "stories"
 STORIES_PER_PROMPT = 12
@@ -35,7 +37,7 @@ def model() -> Path:
     default = CHECKOUT.parent / "shared" / "models" / "stories260k"
     path = Path(os.environ.get("PROXIMA_STORIES_MODEL", default))
     if not path.is_dir():
-        pytest.skip(f"no story model: set PROXIMA_STORIES_MODEL, or put one at {default}")
+        absent("A story model", f"set PROXIMA_STORIES_MODEL, or put one at {default}")
     return path.resolve()
 
 

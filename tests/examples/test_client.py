@@ -54,11 +54,17 @@ class Handler(BaseHTTPRequestHandler):
         elif self.path.endswith("/adapter"):
             digest = base64.b64encode(self.server.archive_digest).decode()
             self._answer(archive(), "application/x-tar", 200, {"Repr-Digest": f"sha-256=:{digest}:"})
-        elif self.path.endswith("/checkpoints/7"):
-            files = [{"name": "adapter_model.safetensors", "sha256": self.server.file_digest}]
-            self._answer(json.dumps({"files": files}).encode())
+        elif self.path.endswith("/checkpoints?after=-1"):
+            self._list_checkpoints(3, "of another policy", has_more=True)
+        elif self.path.endswith("/checkpoints?after=3"):
+            self._list_checkpoints(6, self.server.file_digest, has_more=False)
         else:
             self._answer(json.dumps({"id": "job_1", "update": 7}).encode())
+
+    def _list_checkpoints(self, update: int, digest: str, has_more: bool) -> None:
+        files = [{"name": "adapter_model.safetensors", "sha256": digest}]
+        page = {"data": [{"update": update, "files": files}], "has_more": has_more}
+        self._answer(json.dumps(page).encode())
 
     def _stream(self, after: str) -> None:
         """Break off in the middle of the second event, the first time."""

@@ -1,18 +1,23 @@
 """The random-walks policy: its tokenizer, and the fit."""
 
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
 from randomwalks.graph import LETTERS, random_walks
-from randomwalks.policy import fit, make_tokenizer
+from randomwalks.policy import _batches, fit, make_tokenizer
 from randomwalks.sampling import sample
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 @pytest.fixture(autouse=True)
-def _one_thread() -> None:
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def test_each_node_is_one_token_and_text_survives_the_way_there_and_back() -> None:
@@ -53,3 +58,9 @@ def test_a_fit_that_is_broken_off_saves_nothing(tmp_path: Path) -> None:
     next(steps)
     steps.close()
     assert not (tmp_path / "model").exists()
+
+
+def test_a_pass_takes_every_walk_once_in_full_batches_and_a_rest() -> None:
+    batches = list(islice(_batches(1000), 32))
+    assert [len(batch) for batch in batches] == [32] * 31 + [8]
+    assert torch.cat(batches).sort().values.tolist() == list(range(1000))

@@ -2,7 +2,7 @@
 
 import io
 
-from randomwalks.progress import watch
+from randomwalks.progress import summary, watch
 from rich.console import Console
 
 METRICS = {"objective/scores": 0.5, "objective/kl": 1.25, "time/tokens_per_second": 99.6, "lr": 1.0}
@@ -26,3 +26,7 @@ def test_a_terminal_gets_a_bar_with_the_same_numbers() -> None:
     watch(events, 2, Console(file=output, force_terminal=True, width=100))
     assert "1/2" in output.getvalue()
     assert "reward 0.500" in output.getvalue()
+
+
+def test_numbers_that_json_has_no_form_for_come_as_text_and_some_may_be_missing() -> None:
+    assert summary({"objective/scores": "NaN", "objective/kl": "-Infinity"}) == "reward nan  KL -inf"

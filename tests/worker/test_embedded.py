@@ -15,10 +15,14 @@ from pathlib import Path
 
 import pytest
 
+from service import embedded, migrate
+from service.settings import Settings
 from service.storage import Storage
+from service.store import keys
 from service.store.session import Store
+from tests.servers import free_port
 from tests.worker.fleet import ROOT, Fleet, stand_in
-from tests.worker.waiting import nothing_left, processes_with, until
+from tests.worker.waiting import DEADLINE_SECONDS, nothing_left, processes_with, until
 from worker.settings import WorkerSettings
 
 pytestmark = pytest.mark.anyio
@@ -104,7 +108,7 @@ def test_it_says_where_it_is_and_its_key_opens_it_again_and_again(start: Callabl
         assert ask(f"{url}/docs", "") == 200
         keys.append(key)
         stack.process.send_signal(signal.SIGINT)
-        assert stack.process.wait(60) == 0, stack.output.read_text()
+        assert stack.process.wait(DEADLINE_SECONDS) == 0, stack.output.read_text()
         stack.nothing_left()
         stack.output.unlink()
     assert keys[0] == keys[1]
@@ -138,7 +142,7 @@ async def test_a_second_ctrl_c_does_not_wait_for_the_job(start: Callable[..., St
         stack.process.send_signal(signal.SIGINT)
         stack.told("Once more to stop at once")
         stack.process.send_signal(signal.SIGINT)
-        assert stack.process.wait(30) == 0
+        assert stack.process.wait(DEADLINE_SECONDS) == 0
         assert stack.processes() == []
 
 
@@ -155,8 +159,26 @@ def test_ended_while_it_starts_it_leaves_nothing(start: Callable[..., Stack], mo
     stack = start()
     until(lambda: MOMENTS[moment](stack), moment)
     stack.process.send_signal(signal.SIGINT)
-    stack.process.wait(60)
+    stack.process.wait(DEADLINE_SECONDS)
     stack.nothing_left()
+
+
+def test_two_stacks_never_take_the_same_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embedded, "PREFERRED_PORT", free_port())
+    with embedded._listen("127.0.0.1", None) as first, embedded._listen("127.0.0.1", None) as second:
+        assert first.getsockname()[1] == embedded.PREFERRED_PORT
+        assert second.getsockname()[1] != embedded.PREFERRED_PORT
+
+
+@pytest.mark.parametrize("kept", ["", keys.generate()], ids=["nothing", "a key of another database"])
+def test_a_kept_key_that_opens_nothing_is_replaced(tmp_path: Path, kept: str) -> None:
+    settings = Settings(data_dir=tmp_path)
+    migrate.upgrade(settings.database_url)
+    (tmp_path / "api.key").write_text(kept)
+    key = embedded._first_key(settings)
+    assert key not in ("", kept)
+    assert embedded._first_key(settings) == key, "it opens the project, and is kept"
+    assert (tmp_path / "api.key").stat().st_mode & 0o777 == 0o600
 
 
 def test_a_port_in_use_is_told(start: Callable[..., Stack], tmp_path: Path) -> None:

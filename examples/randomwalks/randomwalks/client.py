@@ -70,6 +70,16 @@ class Proxima:
         """The job as it is now."""
         return self._json("GET", f"/jobs/{job_id}")
 
+    def checkpoints(self, job_id: str) -> Iterator[dict[str, Any]]:
+        """The manifest of every policy that a job has exported, by update."""
+        after = -1
+        while True:
+            page = self._json("GET", f"/jobs/{job_id}/checkpoints", params={"after": after})
+            yield from page["data"]
+            if not page["has_more"]:
+                return
+            after = page["data"][-1]["update"]
+
     def follow(self, job_id: str) -> Iterator[dict[str, Any]]:
         """Every event of a job, as it happens, until its final state.
 
@@ -120,9 +130,12 @@ class Proxima:
             raise Problem(f"{path}: the bytes received do not have the digest that the service sent.")
 
     def _check_manifest(self, job_id: str, directory: Path) -> None:
-        """Compare each file with its sha256 in the manifest of the checkpoint that it was exported from."""
-        update = self.job(job_id)["update"]
-        for file in self._json("GET", f"/jobs/{job_id}/checkpoints/{update}")["files"]:
+        """Compare each file with its sha256 in the manifest of the newest checkpoint.
+
+        Its update need not be the job's: an engine that was ended firmly had no time to export its last one.
+        """
+        *_, newest = self.checkpoints(job_id)
+        for file in newest["files"]:
             content = (directory / file["name"]).read_bytes()
             if hashlib.sha256(content).hexdigest() != file["sha256"]:
                 raise Problem(f"{file['name']} is not the file that the manifest names.")

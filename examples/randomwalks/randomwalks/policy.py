@@ -76,4 +76,4 @@ def fit(walks: Sequence[str], directory: Path, steps: int = STEPS) -> Generator[
 def _batches(rows: int) -> Iterator[torch.Tensor]:
     """Row numbers of batch after batch, without end; every pass in an order of its own."""
     while True:
-        yield from torch.randperm(rows).chunk(rows // BATCH_SIZE)
+        yield from torch.randperm(rows).split(BATCH_SIZE)

@@ -40,5 +40,9 @@ def watch(events: Iterable[dict[str, Any]], updates: int, console: Console) -> s
 
 
 def summary(metrics: dict[str, Any]) -> str:
-    """The numbers one follows in a run of PPO."""
-    return "  ".join(f"{name} {number.format(metrics[key])}" for name, (key, number) in COLUMNS.items())
+    """The numbers one follows in a run of PPO, as far as they are there; JSON has "NaN" as text."""
+    return "  ".join(
+        f"{name} {number.format(float(metrics[key]))}"
+        for name, (key, number) in COLUMNS.items()
+        if key in metrics
+    )

@@ -8,14 +8,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
 CHECKOUT = Path(__file__).parents[3]
 START_SECONDS = 300.0
-STOP_SECONDS = 60.0
+STOP_SECONDS = 120.0  # beyond what the stack gives its own parts
+STOP_NOW_SECONDS = 60.0
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -81,14 +82,18 @@ def _when_ready(process: subprocess.Popen[bytes], log: Path) -> Service:
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """Ask the stack to end, and wait; if it does not, end it. A further Ctrl-C does not cut this short."""
+    """Ask the stack to end; a second time, which makes it end its parts at once; then end it alone.
+
+    A further Ctrl-C does not cut this short.
+    """
     with held_back(SIGNALS):
-        process.terminate()
-        try:
-            process.wait(STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()  # its parts end with it
-            process.wait()
+        for seconds in (STOP_SECONDS, STOP_NOW_SECONDS):
+            process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(seconds)
+                return
+        process.kill()
+        process.wait()
 
 
 @contextmanager
