@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
-from ppo_engine.spec import Issue
+from ppo_engine.spec import Issue, shown
 
 
 class ServiceError(Exception):
@@ -41,10 +41,13 @@ class UnknownCursor(ServiceError):
 
 
 class Unauthenticated(ServiceError):
-    """The request has no key that opens anything."""
+    """The request has no key that opens anything. What was given is never shown: it may be a secret."""
 
     status = 401
     code = "unauthenticated"
+
+    def __init__(self, detail: str) -> None:
+        super().__init__(detail, [Issue(loc=("Authorization",), msg=detail)])
 
 
 class MissingKey(Unauthenticated):
@@ -60,21 +63,38 @@ class MalformedKey(Unauthenticated):
     code = "malformed_api_key"
 
     def __init__(self) -> None:
-        super().__init__("What was given is not an API key: a key begins with 'pxm_'. Was all of it copied?")
+        super().__init__(
+            "What was given is not an API key: a key begins with 'pxm_', and ends with a checksum; copy all "
+            "of it, and send it as 'Authorization: Bearer pxm_…'."
+        )
 
 
 class UnknownKey(Unauthenticated):
     code = "unknown_api_key"
 
     def __init__(self) -> None:
-        super().__init__("This API key is not known here.")
+        super().__init__(
+            "The API key that was given is not known here; send one of this installation, or have its "
+            "operator make one."
+        )
 
 
 class RevokedKey(Unauthenticated):
     code = "revoked_api_key"
 
     def __init__(self) -> None:
-        super().__init__("This API key was revoked; ask for a new one.")
+        super().__init__("The API key that was given was revoked; ask the operator for a new one.")
+
+
+_WHERE = {
+    "job": ("job_id", "list them with GET /v1/jobs"),
+    "file": ("file_id", "list them with GET /v1/files"),
+    "checkpoint": ("update", "list them with GET /v1/jobs/{job_id}/checkpoints"),
+    "checkpoint file": ("name", "list them with GET /v1/jobs/{job_id}/checkpoints/{update}"),
+    "adapter": ("job_id", "what it has exported is listed by GET /v1/jobs/{job_id}/checkpoints"),
+    "key": ("key_id", "list them with 'python -m service.admin list-keys'"),
+}
+"""Of each kind of thing: the field that names it, and how to learn which there are."""
 
 
 class NotFound(ServiceError):
@@ -84,7 +104,10 @@ class NotFound(ServiceError):
     code = "not_found"
 
     def __init__(self, kind: str, id: str, why: str = "") -> None:
-        super().__init__(f"There is no {kind} {id!r} in this project{f': {why}' if why else ''}.")
+        field, fix = _WHERE[kind]
+        rest = f"{f': {why}' if why else ''}; {fix}."
+        issue = Issue(loc=(field,), msg=f"{shown(id)} given; there is no such {kind} in this project{rest}")
+        super().__init__(f"There is no {kind} {id!r} in this project{rest}", [issue])
         self.kind = kind
         self.id = id
 
@@ -148,3 +171,13 @@ class Unavailable(ServiceError):
     status = 503
     code = "unavailable"
     retryable = True
+
+
+class ContentLost(ServiceError):
+    """A file is known, and its bytes are not where they were put. Only the operator can help."""
+
+    status = 503
+    code = "content_lost"
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"The content of {name!r} is missing from storage; ask the operator to restore it.")

@@ -6,8 +6,9 @@ is known is whole. No HTTP here.
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -16,9 +17,10 @@ import anyio
 import anyio.to_thread
 
 from service import specs
+from service.blobs import Blob, open_blob
 from service.planning import invalid
 from service.storage import Storage
-from service.store import files, idempotency
+from service.store import deletions, files, idempotency
 from service.store import models as rows
 from service.store.session import Store
 from service.uploads.convert import Canonical, convert
@@ -49,12 +51,17 @@ class Kept:
 
 
 class Files:
-    """The use cases of prompt files. max_bytes: of the canonical form."""
+    """The use cases of prompt files.
 
-    def __init__(self, store: Store, storage: Storage, max_bytes: int) -> None:
+    max_bytes: of the canonical form. sweep: has the bytes of what was deleted removed; it neither fails nor
+    waits.
+    """
+
+    def __init__(self, store: Store, storage: Storage, max_bytes: int, sweep: Callable[[], object]) -> None:
         self._store = store
         self._storage = storage
         self._max_bytes = max_bytes
+        self._sweep = sweep
         self._conversions = anyio.CapacityLimiter(CONVERSIONS)
 
     async def create(self, project_id: str, upload: Upload, key: str | None) -> Kept:
@@ -66,17 +73,25 @@ class Files:
             Invalid: it is no prompt file; names the first bad lines.
             RequestInFlight, KeyReused: the key was sent before.
         """
+        request = None if key is None else await self._request(project_id, upload, key)
+        # Looked up before the file is judged: the answer stands, whatever the rules are by now.
+        if request is not None and (earlier := await self._answered(request)) is not None:
+            return earlier
         with tempfile.TemporaryDirectory(prefix="proxima-upload-") as directory:
             path = Path(directory) / CONTENT
             canonical = await self._convert(upload, path)
-            request = None
-            if key is not None:
-                parts = (upload.filename.encode(errors="replace"), canonical.sha256.encode())
-                request = idempotency.Request(project_id, ROUTE, key, idempotency.fingerprint(*parts))
-                async with self._store.write() as session:
-                    if (answer := await idempotency.begin(session, request)) is not None:
-                        return Kept(specs.File.model_validate(answer.body), is_replay=True)
             return await self._keep(project_id, upload.filename, canonical, path, request)
+
+    async def _request(self, project_id: str, upload: Upload, key: str) -> idempotency.Request:
+        """The upload as one that may be sent twice: the same name, and the same bytes as they came in."""
+        sha256 = await anyio.to_thread.run_sync(_digest, upload.content, limiter=self._conversions)
+        parts = (upload.filename.encode(errors="replace"), sha256)
+        return idempotency.Request(project_id, ROUTE, key, idempotency.fingerprint(*parts))
+
+    async def _answered(self, request: idempotency.Request) -> Kept | None:
+        async with self._store.write() as session:
+            answer = await idempotency.begin(session, request)
+        return None if answer is None else Kept(specs.File.model_validate(answer.body), is_replay=True)
 
     async def _convert(self, upload: Upload, path: Path) -> Canonical:
         def run() -> Canonical:
@@ -98,7 +113,7 @@ class Files:
     ) -> Kept:
         """The bytes first, then the row that makes them known; without the row, no bytes stay."""
         file_id = files.new_file_id()
-        prefix = f"files/{file_id}/"
+        prefix = _prefix(file_id)
         await self._storage.put_file(prefix + CONTENT, path)
         try:
             kept = await self._insert(project_id, file_id, filename, canonical, prefix + CONTENT, request)
@@ -161,13 +176,31 @@ class Files:
         """
         async with self._store.write() as session:
             await files.delete_file(session, project_id, file_id)
-        await self._storage.delete_prefix(f"files/{file_id}/")
+            await deletions.note(session, _prefix(file_id))
+        self._sweep()
 
     async def open(self, project_id: str, file_id: str, start: int, stop: int) -> AsyncIterator[bytes]:
-        """Stream the bytes `start` (included) to `stop` (excluded) of a file. Raises NotFound."""
+        """Stream the bytes `start` (included) to `stop` (excluded) of a file.
+
+        Raises:
+            NotFound, ContentLost.
+        """
         async with self._store.read() as session:
             row = await files.get_file(session, project_id, file_id)
-        return await self._storage.read(row.storage_key, start, stop)
+        blob = Blob(row.filename, row.storage_key, row.bytes, row.sha256)
+        return await open_blob(self._storage, blob, start, stop)
+
+
+def _digest(content: BinaryIO) -> bytes:
+    """The digest of a file, which is left at its beginning again."""
+    digest = hashlib.file_digest(content, "sha256").digest()  # type: ignore[arg-type]  # it is read-only here
+    content.seek(0)
+    return digest
+
+
+def _prefix(file_id: str) -> str:
+    """Where a file's bytes lie in storage."""
+    return f"files/{file_id}/"
 
 
 def file_of(row: rows.File) -> specs.File:

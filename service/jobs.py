@@ -15,13 +15,16 @@ from ppo_engine.spec import SPEC_VERSION, Issue, RunSpec, shown
 from service.errors import NotFound
 from service.planning import Planned, Planner, invalid
 from service.specs import Job, JobCreate, JobError, Page, State, unstorable
-from service.storage import Storage
-from service.store import idempotency, jobs
+from service.store import deletions, idempotency, jobs
 from service.store import models as rows
 from service.store.session import Store
 
 ROUTE = "jobs"
 CREATED = 201
+
+LATE_SECONDS = 24 * 3600.0
+"""So long after a job was deleted, its bytes are deleted once more: a worker that was stalled goes on with an
+upload before it learns that it has lost the job. Longer than any lease."""
 
 Ring = Callable[[str], object]
 
@@ -35,13 +38,17 @@ class Made:
 
 
 class Jobs:
-    """The use cases of jobs. ring: tells a queue's workers that there is work; never fails, never waits."""
+    """The use cases of jobs.
 
-    def __init__(self, store: Store, storage: Storage, planner: Planner, ring: Ring) -> None:
+    ring: tells a queue's workers that there is work. sweep: has the bytes of what was deleted removed. They
+    neither fail nor wait.
+    """
+
+    def __init__(self, store: Store, planner: Planner, ring: Ring, sweep: Callable[[], object]) -> None:
         self._store = store
-        self._storage = storage
         self._planner = planner
         self._ring = ring
+        self._sweep = sweep
 
     async def estimate(self, project_id: str, spec: Mapping[str, Any]) -> Plan:
         """The numbers that follow from a spec. Raises Invalid."""
@@ -120,8 +127,9 @@ class Jobs:
         """
         async with self._store.write() as session:
             await jobs.delete_job(session, project_id, job_id)
-        # Only after the commit: a job without its files would be worse than files without a job.
-        await self._storage.delete_prefix(f"jobs/{job_id}/")
+            for seconds in (0.0, LATE_SECONDS):
+                await deletions.note(session, f"jobs/{job_id}/", seconds)
+        self._sweep()
 
 
 def _fingerprint(body: JobCreate) -> str:

@@ -7,27 +7,25 @@ This module knows no HTTP, no database, and loads no weights.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ppo_engine.facts import Facts, FactsError, ModelFacts, read_model_facts
+from ppo_engine.facts import AdapterFacts, Facts, FactsError, ModelFacts, facts_at, gather
 from ppo_engine.spec import (
     HubModel,
     Issue,
     Loc,
     LocalModel,
-    Lora,
-    ModelReward,
     ModelSource,
     Plugin,
     RunSpec,
     SpecError,
-    ValueModel,
     parse,
     shown,
 )
+from ppo_engine.spec import sources as sources
 
 REWARD_PLUGINS = "proxima.rewards"
 
@@ -47,7 +45,7 @@ def locate(path: str, roots: Sequence[Path]) -> Path:
     if not roots:
         raise PathRefused(f"{shown(path)} given; the operator allows no local models here.")
     if ".." in PurePosixPath(path).parts:
-        raise PathRefused(f'{shown(path)} given; {_RULE}, and is written without "..".')
+        raise PathRefused(f'{shown(path)} given; {_RULE}, named without "..": give it relative to that.')
     candidates = list(_candidates(Path(path), roots))
     if not candidates:
         raise PathRefused(f"{shown(path)} given; {_RULE}: give a path relative to it.")
@@ -59,7 +57,10 @@ def locate(path: str, roots: Sequence[Path]) -> Path:
     except (OSError, RuntimeError):
         # A name too long for the file system, a link that leads to itself.
         raise PathRefused(f"{shown(path)} given, which cannot be followed; correct the path.") from None
-    raise PathRefused(f"{shown(path)} given; there is no such directory among the allowed models.")
+    raise PathRefused(
+        f"{shown(path)} given; there is no such directory among the allowed models: correct the path, or "
+        "have the operator put it there."
+    )
 
 
 def _candidates(path: Path, roots: Sequence[Path]) -> Iterator[tuple[Path, Path]]:
@@ -81,19 +82,6 @@ def _resolved(path: str, root: Path, candidate: Path) -> Path:
     return real
 
 
-def sources(spec: RunSpec) -> Iterator[tuple[Loc, ModelSource]]:
-    """Every model a spec names, with its place in the spec."""
-    yield ("model",), spec.model
-    if isinstance(spec.method.value, ValueModel) and spec.method.value.source is not None:
-        yield ("method", "value", "source"), spec.method.value.source
-    if isinstance(spec.method, Lora):
-        for name, source in spec.method.adapters.items():
-            yield ("method", "adapters", name), source
-    for index, reward in enumerate(spec.rewards):
-        if isinstance(reward, ModelReward):
-            yield ("rewards", index, "source"), reward.source
-
-
 def resolve(spec: RunSpec, roots: Sequence[Path], *, allow_hub: bool) -> RunSpec:
     """The spec with every local path made real and absolute.
 
@@ -105,7 +93,8 @@ def resolve(spec: RunSpec, roots: Sequence[Path], *, allow_hub: bool) -> RunSpec
     for loc, source in sources(spec):
         if isinstance(source, HubModel):
             if not allow_hub:
-                msg = f"{shown(source.repo)} of the hub given; the operator allows local models only."
+                given = f"{shown(source.repo)} of the hub given"
+                msg = f"{given}; the operator allows local models only: give the path of one."
                 issues.append(Issue(loc=(*loc, "repo"), msg=msg))
             continue
         try:
@@ -143,36 +132,26 @@ def read_facts(spec: RunSpec, given: RunSpec, prompts: int | None) -> Facts:
         SpecError: with every directory that is no model.
     """
     issues: list[Issue] = []
-    found: dict[Loc, ModelFacts] = {}
+    found: dict[Loc, ModelFacts | AdapterFacts] = {}
     written = dict(sources(given))
     for loc, source in sources(spec):
-        if loc[:2] == ("method", "adapters") or not _is_visible(source):
+        if not _is_visible(source):
             continue
         # The owner knows the path as written; where the operator's disks are is not theirs to see.
         wrote = written[loc]
+        name = wrote.path if isinstance(wrote, LocalModel) else wrote.repo
         assert isinstance(source, LocalModel)
-        assert isinstance(wrote, LocalModel)
         try:
-            found[loc] = read_model_facts(Path(source.path))
+            found[loc] = facts_at(Path(source.path), loc)
         except FactsError as error:
-            issues.append(Issue(loc=(*loc, "path"), msg=str(error).replace(source.path, wrote.path)))
+            issues.append(Issue(loc=(*loc, "path"), msg=str(error).replace(source.path, name)))
         except OSError as error:
-            msg = f"{shown(wrote.path)} given, which cannot be read ({error.strerror}); ask the operator."
+            msg = f"{shown(name)} given, which cannot be read ({error.strerror}); ask the operator."
             issues.append(Issue(loc=(*loc, "path"), msg=msg))
     if issues:
         raise SpecError(issues)
-    return Facts(
-        model=found.get(("model",)),
-        value=found.get(("method", "value", "source")),
-        rewards=_by_reward(spec, found),
-        prompts=prompts,
-    )
+    return gather(spec, found, prompts)
 
 
 def _is_visible(source: ModelSource) -> bool:
     return isinstance(source, LocalModel) and Path(source.path).exists()
-
-
-def _by_reward(spec: RunSpec, found: Mapping[Loc, ModelFacts]) -> dict[str, ModelFacts]:
-    at = {("rewards", index, "source"): reward.name for index, reward in enumerate(spec.rewards)}
-    return {at[loc]: facts for loc, facts in found.items() if loc in at}

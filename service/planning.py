@@ -14,7 +14,7 @@ import anyio.to_thread
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from ppo_engine.plan import Plan, plan
-from ppo_engine.spec import Issue, Loc, RunSpec, SpecError, parse, shown
+from ppo_engine.spec import Issue, Loc, RunSpec, SpecError, parse, shortened, shown
 from service import models
 from service.errors import Invalid, NotFound
 from service.settings import Settings
@@ -27,7 +27,11 @@ ROOT: Loc = ("spec",)
 
 @dataclass(frozen=True)
 class Planned:
-    """A run that can be. spec: with real paths and every default."""
+    """A run that can be.
+
+    spec: as its owner wrote it, with every default. Where models really lie is not theirs to see: the worker
+    looks for them again.
+    """
 
     spec: RunSpec
     plan: Plan
@@ -54,12 +58,10 @@ class Planner:
             raise invalid(issues) from None
 
     async def _plan(self, project_id: str, raw: Mapping[str, Any]) -> Planned:
-        if issues := list(unstorable(raw)):
-            raise SpecError(issues)
-        given = parse(raw)
+        # Disks may be slow and specs large: neither is to be waited for on the event loop.
+        given = _read(raw)
         async with self._store.read() as session:
             rows, issues = await _find_prompts(session, project_id, given)
-        # Disks may be slow, and are not to be waited for on the event loop.
         return await anyio.to_thread.run_sync(self._fit, given, rows, issues)
 
     def _fit(self, given: RunSpec, prompts: int | None, issues: list[Issue]) -> Planned:
@@ -69,7 +71,13 @@ class Planner:
             raise SpecError([*issues, *error.issues]) from None
         if issues:
             raise SpecError(issues)
-        return Planned(spec, plan(spec, models.read_facts(spec, given, prompts)))
+        return Planned(given, plan(spec, models.read_facts(spec, given, prompts)))
+
+
+def _read(raw: Mapping[str, Any]) -> RunSpec:
+    if issues := list(unstorable(raw)):
+        raise SpecError(shortened(issues, len(issues)))
+    return parse(raw)
 
 
 def invalid(issues: list[Issue]) -> Invalid:

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Collection, Sequence
 from dataclasses import dataclass
 
 from ppo_engine.spec import shown
+from service.blobs import Blob, open_blob
 from service.errors import NotFound
 from service.specs import Checkpoint, Event, MetricsRow, Page, SamplesRow, StoredFile
 from service.storage import Storage
@@ -17,15 +18,16 @@ from service.store import artifacts, events, jobs
 from service.store import models as rows
 from service.store.session import Store
 
+_INSIDE_A_CHARACTER = bytes(range(0x80, 0xC0))
+"""The bytes of UTF-8 that no character begins with."""
+
 
 @dataclass(frozen=True)
-class Blob:
-    """A file in storage. sha256: hexadecimal, of all its `size` bytes."""
+class Prospect:
+    """newest: the number of a job's last event. is_over: nothing more will come, of the types asked for."""
 
-    name: str
-    key: str
-    size: int
-    sha256: str
+    newest: int
+    is_over: bool
 
 
 class Results:
@@ -35,10 +37,12 @@ class Results:
         self._store = store
         self._storage = storage
 
-    async def check(self, project_id: str, job_id: str) -> None:
-        """Raises NotFound where the project has no such job."""
+    async def prospect(self, project_id: str, job_id: str, after: int, types: Collection[str]) -> Prospect:
+        """What somebody who has the events up to number `after` may wait for. Raises NotFound."""
         async with self._store.read() as session:
-            await jobs.get_job(session, project_id, job_id)
+            job = await jobs.get_job(session, project_id, job_id)
+            rest = await events.page(session, project_id, job_id, after, 1, types)
+        return Prospect(job.next_seq - 1, job.is_final and not rest.data)
 
     async def events(
         self, project_id: str, job_id: str, after: int, limit: int, types: Collection[str]
@@ -58,6 +62,13 @@ class Results:
             page = await events.by_update(session, project_id, job_id, "metrics", after, limit)
         data = [MetricsRow(update=row.update, metrics=_chosen(row, names)) for row in page.data]
         return Page(data=data, has_more=page.has_more)
+
+    async def first_metrics(self, project_id: str, job_id: str) -> list[str]:
+        """The names of the metrics of the job's first update: they never change. Raises NotFound."""
+        async with self._store.read() as session:
+            await jobs.get_job(session, project_id, job_id)
+            first = await events.page(session, project_id, job_id, limit=1, types=["metrics"])
+        return [name for event in first.data for name in event.data]
 
     async def samples(self, project_id: str, job_id: str, after: int, limit: int) -> Page[SamplesRow]:
         """The completions sampled at each update after `after`. Raises NotFound."""
@@ -81,16 +92,14 @@ class Results:
         [blob] = _blobs(log)
         start = max(blob.size - tail, 0)
         text = b"".join([chunk async for chunk in await self.open(blob, start, blob.size)])
-        # Cut inside a line, the rest of that line means nothing.
-        return text if start == 0 else text[text.find(b"\n") + 1 :]
+        return text if start == 0 else _from_a_line(text)
 
     async def checkpoints(self, project_id: str, job_id: str, after: int, limit: int) -> Page[Checkpoint]:
         """The policies exported after update `after`, by update. Raises NotFound."""
         async with self._store.read() as session:
             await jobs.get_job(session, project_id, job_id)
-            found = await artifacts.list_artifacts(session, project_id, job_id, "export")
-        behind = [checkpoint_of(row) for row in found if row.update > after]
-        return Page(data=behind[:limit], has_more=len(behind) > limit)
+            page = await artifacts.page(session, project_id, job_id, "export", after, limit)
+        return Page(data=[checkpoint_of(row) for row in page.data], has_more=page.has_more)
 
     async def checkpoint(self, project_id: str, job_id: str, update: int) -> Checkpoint:
         """The policy exported after an update. Raises NotFound."""
@@ -100,7 +109,8 @@ class Results:
         """One file of an exported policy. Raises NotFound."""
         found = {blob.name: blob for blob in _blobs(await self._export(project_id, job_id, update))}
         if name not in found:
-            raise NotFound("file", name, f"checkpoint {update} of {job_id} has {shown(sorted(found), 400)}")
+            why = f"checkpoint {update} of {job_id} has {shown(sorted(found), 400)}"
+            raise NotFound("checkpoint file", name, why)
         return found[name]
 
     async def adapter(self, project_id: str, job_id: str) -> Blob:
@@ -118,14 +128,20 @@ class Results:
             await jobs.get_job(session, project_id, job_id)
             export = await artifacts.get(session, project_id, job_id, "export", update)
             if export is None:
-                made = await artifacts.list_artifacts(session, project_id, job_id, "export")
-                there = shown([artifact.update for artifact in made])
+                made = await artifacts.page(session, project_id, job_id, "export")
+                there = shown([artifact.update for artifact in made.data])
                 raise NotFound("checkpoint", str(update), f"{job_id} has those of the updates {there}")
         return export
 
     async def open(self, blob: Blob, start: int, stop: int) -> AsyncIterator[bytes]:
-        """Stream the bytes `start` (included) to `stop` (excluded) of a blob."""
-        return await self._storage.read(blob.key, start, stop)
+        """Stream the bytes `start` (included) to `stop` (excluded) of a blob. Raises ContentLost."""
+        return await open_blob(self._storage, blob, start, stop)
+
+
+def _from_a_line(text: bytes) -> bytes:
+    """Text that was cut at its beginning, without the rest of that line, unless it is all there is."""
+    _, _, lines = text.partition(b"\n")
+    return lines or text.lstrip(_INSIDE_A_CHARACTER)
 
 
 def _chosen(row: rows.Event, names: Sequence[str]) -> dict[str, object]:

@@ -6,6 +6,7 @@ Bodies are strict: no unknown fields, no silent conversions. The spec inside a b
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from datetime import datetime
 from typing import Annotated, Any, Generic, Literal, TypeVar
@@ -18,6 +19,8 @@ from ppo_engine.plan import Plan
 from ppo_engine.spec import Issue, Loc, RunSpec
 
 State = Literal["queued", "running", "paused", "succeeded", "failed", "cancelled"]
+
+_UNSTORABLE = re.compile("[\0\ud800-\udfff]")
 
 T = TypeVar("T")
 
@@ -116,25 +119,35 @@ class Job(Answer):
     """A PPO fine-tuning job."""
 
     object: Literal["job"] = "job"
+    """What this is."""
     id: str
+    """What it is asked for by."""
     name: str | None
+    """As it was given."""
     state: State
+    """Where it is: `succeeded`, `failed`, and `cancelled` are final."""
     wanted: Literal["run", "pause", "cancel"]
     """What its owner asked for; a running job obeys at its next update."""
     attempt: int
     """How often a worker has taken it up."""
     created_at: datetime
+    """When it was posted."""
     started_at: datetime | None
+    """When a worker first took it up."""
     finished_at: datetime | None
+    """When it came to its final state."""
     update: int
     """Updates completed."""
     total_updates: int | None
+    """Updates of the whole run."""
     error: JobError | None
+    """Why it failed, if it did."""
     spec: SpecJson
-    """The spec with every default filled in."""
+    """The spec as it was given, with every default filled in."""
     plan: Plan | None
     """The numbers that follow from the spec."""
     metadata: dict[str, str]
+    """As it was given."""
 
 
 class Event(Answer):
@@ -148,87 +161,117 @@ class Event(Answer):
     """`state`, `artifact` (something is safe in storage), or what the engine says: `started`, `metrics`,
     `samples`, `evaluation`, `checkpoint`, `rewound`, `warning`, `finished`."""
     attempt: int
+    """The attempt at the job that it is of; 0 before the first."""
     update: int
+    """Updates completed when it was said."""
     created_at: datetime
+    """When it was said."""
     data: dict[str, JsonValue]
-    """Non-finite numbers are the texts "NaN", "Infinity", and "-Infinity"."""
+    """What is said. Non-finite numbers are the texts "NaN", "Infinity", and "-Infinity"."""
 
 
 class MetricsRow(Answer):
     """The metrics of one update."""
 
     update: int
+    """The update that they measure: the cursor of pages."""
     metrics: dict[str, JsonValue]
+    """Numbers by name; non-finite ones are the texts "NaN", "Infinity", and "-Infinity"."""
 
 
 class SamplesRow(Answer):
     """Completions sampled at one update."""
 
     update: int
+    """The update that they were sampled at: the cursor of pages."""
     samples: list[JsonValue]
     """Each with `prompt`, `response`, and `score`."""
 
 
 class StoredFile(Answer):
-    """A file of a checkpoint. sha256: hexadecimal."""
+    """A file of a checkpoint."""
 
     name: str
+    """Its path in the checkpoint."""
     size: int
+    """Bytes."""
     sha256: str
+    """Its digest, hexadecimal."""
 
 
 class Checkpoint(Answer):
     """The policy after an update: an adapter, or a whole model, in the layout of `save_pretrained`."""
 
     object: Literal["checkpoint"] = "checkpoint"
+    """What this is."""
     update: int
+    """Updates completed when it was exported: the cursor of pages."""
     attempt: int
+    """The attempt at the job that exported it."""
     created_at: datetime
+    """Since when all of it is in storage."""
     files: list[StoredFile]
+    """What it consists of."""
     metrics: dict[str, JsonValue]
+    """Those of its update, as far as there are any."""
 
 
 class File(Answer):
     """A prompt file, as canonical JSONL: that is what its size and digest describe."""
 
     object: Literal["file"] = "file"
+    """What this is."""
     id: str
+    """What specs name it by."""
     filename: str
     """As it was uploaded."""
     purpose: Literal["prompts"] = "prompts"
+    """What it is for."""
     bytes: int
+    """Its size."""
     sha256: str
+    """Its digest, hexadecimal."""
     rows: int
+    """How many prompts there are."""
     columns: list[str]
+    """What its rows have: the prompt, and columns for rewards."""
     format: Literal["jsonl", "csv", "parquet"]
     """What it was uploaded as."""
     created_at: datetime
+    """When it was uploaded."""
 
 
 class Page(Answer, Generic[T]):
     """A piece of a list. The next piece: the same request with `after` set to the last item's cursor."""
 
+    # Said again, since the schemas of `Page[Job]` and the like do not inherit it.
+    model_config = ConfigDict(json_schema_extra={"description": __doc__})
+
     object: Literal["list"] = "list"
+    """What this is."""
     data: list[T]
+    """The items."""
     has_more: bool
+    """Whether there are more behind them."""
 
 
 class Deleted(Answer):
     """What was deleted."""
 
     object: Literal["job", "file"]
+    """What it was."""
     id: str
+    """What it was asked for by."""
     deleted: Literal[True] = True
+    """It is gone."""
 
 
 def unstorable(value: Any, loc: Loc = ()) -> Iterator[Issue]:
     """Text that no database keeps, anywhere in JSON data: NUL, and halves of surrogate pairs."""
     if isinstance(value, str):
-        for char in value:
-            if char == "\0" or "\ud800" <= char <= "\udfff":
-                given = f"\\u{ord(char):04x}"
-                yield Issue(loc=loc, msg=f"Text with {given} given, which no text may contain; take it out.")
-                return
+        if found := _UNSTORABLE.search(value):
+            given = f"\\u{ord(found.group()):04x}"
+            yield Issue(loc=loc, msg=f"Text with {given} given, which no text may contain; take it out.")
     elif isinstance(value, dict):
         for key, part in value.items():
             yield from unstorable(key, (*loc, key))

@@ -12,11 +12,15 @@ import asyncio
 import logging
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+from service.background import Background
 from service.queue import ring
+from service.storage import Storage
 from service.store import idempotency, transitions
 from service.store.session import Store
+from service.sweep import sweep
 from worker.outage import Outage, outages
 from worker.prepare import discard
 from worker.settings import WorkerSettings
@@ -49,9 +53,12 @@ class Reaper:
     async def _rounds(self) -> None:
         store = Store.open(self._settings.database_url)
         try:
-            while not self._stop.is_set():
-                await self._round(store)
-                await asyncio.to_thread(self._stop.wait, self._settings.heartbeat_seconds)
+            async with Background().running() as background:
+                while not self._stop.is_set():
+                    await self._round(store)
+                    # Beside the rounds: storage that hangs must not keep lost jobs from being settled.
+                    background.start("deleting bytes", partial(self._delete, store))
+                    await asyncio.to_thread(self._stop.wait, self._settings.heartbeat_seconds)
         finally:
             await store.close()
 
@@ -73,6 +80,10 @@ class Reaper:
             await idempotency.purge(session)
         for job_id in lost:
             log.warning("%s was lost by its worker", job_id)
+
+    async def _delete(self, store: Store) -> None:
+        """Delete from storage what nobody knows any more."""
+        await sweep(store, Storage.open(self._settings.storage_url, self._settings.storage_options))
 
     async def _ring(self, store: Store) -> None:
         if not self._idle():

@@ -103,6 +103,17 @@ class Relay:
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._settled.wait(), self._pace.poll)
 
+    async def catch_up(self) -> None:
+        """Store all that the engine has said so far.
+
+        Raises:
+            FenceLost: the attempt is somebody else's. What `outages` knows: the database is away.
+        """
+        async with self._lock:
+            events, offset = read_complete(self._run_dir.events, self._offset)
+            if events:
+                await self._beat(events, offset)
+
     async def settle(self, move: Move, patience: Patience) -> None:
         """Store the last lines and make the last move, in one transaction; then the beat ends.
 
@@ -125,26 +136,26 @@ class Relay:
         events, offset = read_complete(self._run_dir.events, self._offset)
         now = time.monotonic()
         if now >= self._not_before and (events or now >= self._next_beat):
-            await self._beat(events, offset)
+            await self._try_beat(events, offset)
         if self._leaving():
             self._take("leave")
         if self._spare() <= 0:
             self._take("lease")
         await self._tell()
 
-    async def _beat(self, events: Sequence[Event], offset: int) -> None:
-        sent = time.monotonic()
+    async def _try_beat(self, events: Sequence[Event], offset: int) -> None:
         try:
             with outages():
-                async with asyncio.timeout(self._timeout()), self._store.write() as session:
-                    beat = await transitions.beat(
-                        session, self._fence, events, lease_seconds=self._pace.lease
-                    )
+                await self._beat(events, offset)
         except Outage as outage:
             left = self.lease_left()
             log.warning("%s: no beat, %.0f s of lease left: %s", self._fence.job_id, left, outage)
             self._not_before = time.monotonic() + self._pace.heartbeat * RETRY_AFTER
-            return
+
+    async def _beat(self, events: Sequence[Event], offset: int) -> None:
+        sent = time.monotonic()
+        async with asyncio.timeout(self._timeout()), self._store.write() as session:
+            beat = await transitions.beat(session, self._fence, events, lease_seconds=self._pace.lease)
         self._offset = offset
         self._lease_end = sent + self._pace.lease
         self._next_beat = sent + self._pace.heartbeat

@@ -103,7 +103,9 @@ class Attempt:
         pace = Pace(POLL_SECONDS, settings.heartbeat_seconds, settings.lease_seconds)
         self._relay = Relay(worker.store, fence, self._run_dir, pace, worker.leaving)
         safe = [checkpoint.update for checkpoint in claim.checkpoints]
-        self._uploads = Uploads(worker.store, worker.storage, fence, self._run_dir, safe)
+        self._uploads = Uploads(
+            worker.store, worker.storage, fence, self._run_dir, self._relay.catch_up, safe
+        )
 
     @property
     def _fence(self) -> Fence:

@@ -10,7 +10,7 @@ import asyncio
 import hashlib
 import tarfile
 import time
-from collections.abc import Collection
+from collections.abc import Awaitable, Callable, Collection
 from functools import partial
 from pathlib import Path
 
@@ -35,16 +35,24 @@ class Damaged(Exception):
 class Uploads:
     """Everything of one attempt that goes to storage.
 
-    safe: the updates whose checkpoints of earlier attempts are there already.
+    catch_up: stores all that the engine has said so far. safe: the updates whose checkpoints of earlier
+    attempts are there already.
     """
 
     def __init__(
-        self, store: Store, storage: Storage, fence: Fence, run_dir: RunDir, safe: Collection[int] = ()
+        self,
+        store: Store,
+        storage: Storage,
+        fence: Fence,
+        run_dir: RunDir,
+        catch_up: Callable[[], Awaitable[None]],
+        safe: Collection[int] = (),
     ) -> None:
         self._store = store
         self._storage = storage
         self._fence = fence
         self._run_dir = run_dir
+        self._catch_up = catch_up
         self._prefix = f"jobs/{fence.job_id}/a{fence.attempt}/"
         self._safe = set(safe)
         self._acked: set[int] = set()
@@ -98,6 +106,8 @@ class Uploads:
             if update not in self._safe:
                 prefix = f"{self._prefix}update-{update}/checkpoint/"
                 manifest = await self._put_all(self._run_dir.checkpoint(update), prefix)
+                # Whoever resumes from it does not say again what was said before it.
+                await self._catch_up()
                 await self._record_checkpoint(update, manifest, prefix)
                 await self._acknowledge()
                 await self._delete_forgotten()

@@ -6,17 +6,20 @@ A key is checked before a body is read, and with every request, so that a revoke
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
+from functools import partial
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from service.api import docs
 from service.api.context import Context
 from service.api.problems import refused
 from service.errors import MalformedKey, MissingKey, Unauthenticated
 from service.store import keys
 from service.store.models import ApiKey
+from service.store.session import Store
 
-OPEN_PATHS = frozenset({"/livez", "/readyz", "/docs", "/openapi.json"})
+OPEN_PATHS = frozenset({"/livez", "/readyz", "/openapi.json"}) | docs.PATHS
 
 
 class Authenticated:
@@ -45,9 +48,14 @@ async def _check(context: Context, header: str | None) -> ApiKey:
     async with context.store.read() as session:
         key = await keys.find_key(session, context.key_secret, text.strip())
     if _is_stale(key):
-        async with context.store.write() as session:
-            await keys.touch_key(session, key.id)
+        # Beside the request: one that only reads must not wait for the database's writers.
+        context.background.start(f"noting the use of {key.id}", partial(_touch, context.store, key.id))
     return key
+
+
+async def _touch(store: Store, key_id: str) -> None:
+    async with store.write() as session:
+        await keys.touch_key(session, key_id)
 
 
 def _is_stale(key: ApiKey) -> bool:

@@ -9,15 +9,20 @@ import fastapi
 from fastapi import APIRouter, Path, Request, Response
 from pydantic import Field
 
-from service.api.context import MOST, Context, Project, Query, Shared
+from service.api.context import MOST, Context, JobId, Project, Query, Shared
 from service.api.downloads import DOWNLOADED, Content, download
 from service.api.openapi import refusals
-from service.results import Blob
+from service.blobs import Blob
 from service.specs import Checkpoint, Page
 
 router = APIRouter(prefix="/v1/jobs/{job_id}", tags=["checkpoints"])
 
 Update = Annotated[int, Path(ge=0, le=MOST, description="Updates completed when it was exported.")]
+
+FileName = Annotated[
+    str,
+    Path(description="The name of one of the checkpoint's files.", examples=["adapter_model.safetensors"]),
+]
 
 _DOWNLOAD = {**DOWNLOADED, **refusals(404, 412, 416, 422)}
 
@@ -28,35 +33,34 @@ class CheckpointsQuery(Query):
     after: int = Field(default=-1, ge=-1, le=MOST)
     """The update of the last checkpoint one has."""
     limit: int = Field(default=20, ge=1, le=100)
+    """Most checkpoints of the answer."""
 
 
 @router.get("/checkpoints", responses=refusals(404, 422))
 async def list_checkpoints(
-    job_id: str, query: Annotated[CheckpointsQuery, fastapi.Query()], shared: Shared, project: Project
+    job_id: JobId, query: Annotated[CheckpointsQuery, fastapi.Query()], shared: Shared, project: Project
 ) -> Page[Checkpoint]:
     """The policies exported so far, by update."""
     return await shared.results.checkpoints(project, job_id, query.after, query.limit)
 
 
 @router.get("/checkpoints/{update}", responses=refusals(404, 422))
-async def get_checkpoint(job_id: str, update: Update, shared: Shared, project: Project) -> Checkpoint:
+async def get_checkpoint(job_id: JobId, update: Update, shared: Shared, project: Project) -> Checkpoint:
     """One exported policy: its files, with sizes and digests."""
     return await shared.results.checkpoint(project, job_id, update)
 
 
-@router.head("/checkpoints/{update}/files/{name:path}", include_in_schema=False)
 @router.get("/checkpoints/{update}/files/{name:path}", response_class=Response, responses=_DOWNLOAD)
 async def download_checkpoint_file(
-    request: Request, job_id: str, update: Update, name: str, shared: Shared, project: Project
+    request: Request, job_id: JobId, update: Update, name: FileName, shared: Shared, project: Project
 ) -> Response:
     """One file of an exported policy."""
     blob = await shared.results.checkpoint_file(project, job_id, update, name)
     return await download(request, _content(shared, blob, blob.name.rpartition("/")[2]))
 
 
-@router.head("/adapter", include_in_schema=False)
 @router.get("/adapter", response_class=Response, responses=_DOWNLOAD)
-async def download_adapter(request: Request, job_id: str, shared: Shared, project: Project) -> Response:
+async def download_adapter(request: Request, job_id: JobId, shared: Shared, project: Project) -> Response:
     """The newest exported policy as one archive, once the job is over the final one: an adapter, or a whole
     model, ready for `from_pretrained`."""
     blob = await shared.results.adapter(project, job_id)

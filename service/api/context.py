@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from fastapi import Depends, Header, Request, Security
+from fastapi import Depends, Header, Path, Request, Security
 from fastapi.security import HTTPBearer
 from pydantic import BaseModel, ConfigDict, Field
 
+from service.background import Background
 from service.feed import Feed
 from service.files import Files
 from service.jobs import Jobs
@@ -29,6 +30,7 @@ class Context:
     store: Store
     storage: Storage
     key_secret: bytes
+    background: Background
     feed: Feed
     jobs: Jobs
     files: Files
@@ -55,6 +57,10 @@ def _project_of(request: Request, documented: Annotated[object, Security(_bearer
 
 Shared = Annotated[Context, Depends(context_of)]
 Project = Annotated[str, Depends(_project_of)]
+JobId = Annotated[
+    str,
+    Path(description="The id of a job of the project.", examples=["job_0190f3a2b4c57d8e9f00112233445566"]),
+]
 IdempotencyKey = Annotated[
     str | None,
     Header(

@@ -15,7 +15,9 @@ from service.api.ranges import Span, entity_tag, judge, repr_digest
 
 Open = Callable[[int, int], Awaitable[AsyncIterator[bytes]]]
 
-_BYTES: dict[str, Any] = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
+_BYTES: dict[str, Any] = {
+    "application/octet-stream": {"schema": {"type": "string", "format": "binary"}, "example": "(the bytes)"}
+}
 DOWNLOADED: dict[int | str, dict[str, Any]] = {
     200: {"description": "All bytes. ETag and Repr-Digest are their sha256.", "content": _BYTES},
     206: {"description": "The bytes that Range names.", "content": _BYTES},
@@ -40,8 +42,8 @@ class Content:
 
 
 async def download(request: Request, content: Content) -> Response:
-    """Answer a GET or HEAD for stored content."""
-    verdict = judge(request.method, request.headers, content.sha256, content.size)
+    """Answer a GET for stored content."""
+    verdict = judge(request.headers, content.sha256, content.size)
     named = {
         "ETag": entity_tag(content.sha256),
         "Accept-Ranges": "bytes",
@@ -61,8 +63,6 @@ async def download(request: Request, content: Content) -> Response:
     headers = {**named, **_described(content, verdict.span)}
     if verdict.status == 206:
         headers["Content-Range"] = f"bytes {verdict.span.start}-{verdict.span.stop - 1}/{content.size}"
-    if request.method == "HEAD":
-        return Response(status_code=verdict.status, headers=headers, media_type=content.media_type)
     body = await content.open(verdict.span.start, verdict.span.stop)
     return StreamingResponse(body, verdict.status, headers, content.media_type)
 

@@ -16,6 +16,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ppo_engine.spec import Issue
 from service.api.problems import ProblemResponse, problem, refused
 from service.errors import Unavailable
 
@@ -94,9 +95,9 @@ class LimitedBody:
         limit = self._limit(scope["path"])
         declared = Headers(scope=scope).get("content-length", "")
         if declared.isascii() and declared.isdecimal() and int(declared[:18]) > limit:
-            await problem(scope, 413, "too_large", _too_large(f"{declared} bytes", limit))(
-                scope, receive, send
-            )
+            detail = _too_large(f"{declared} bytes", limit)
+            issues = [Issue(loc=("body",), msg=detail)]
+            await problem(scope, 413, "too_large", detail, issues=issues)(scope, receive, send)
             return
         received = 0
 

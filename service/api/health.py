@@ -8,10 +8,10 @@ from collections.abc import Awaitable
 from typing import Literal
 
 from fastapi import APIRouter
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 
 from service.api.context import Shared
-from service.api.openapi import refusals
+from service.api.openapi import open_refusals
 from service.errors import Unavailable
 
 logger = logging.getLogger(__name__)
@@ -24,7 +24,10 @@ PATIENCE_SECONDS = 2.0
 class Health(BaseModel):
     """All is well."""
 
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
     status: Literal["ok"] = "ok"
+    """What else there is to say is said by the status of the answer."""
 
 
 @router.get("/livez")
@@ -33,7 +36,7 @@ async def live() -> Health:
     return Health()
 
 
-@router.get("/readyz", responses=refusals(503))
+@router.get("/readyz", responses=open_refusals(503))
 async def ready(shared: Shared) -> Health:
     """The database and the storage answer too. The broker need not: jobs wait in the database."""
     await _answers("database", shared.store.ping())

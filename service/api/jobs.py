@@ -8,11 +8,12 @@ import fastapi
 from fastapi import APIRouter, Response
 
 from ppo_engine.plan import Plan
-from service.api.context import IdempotencyKey, ListQuery, Project, Shared
+from service.api.bodies import JsonRoute
+from service.api.context import IdempotencyKey, JobId, ListQuery, Project, Shared
 from service.api.openapi import refusals
 from service.specs import Deleted, EstimateRequest, Job, JobCreate, Page, State
 
-router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
+router = APIRouter(prefix="/v1/jobs", tags=["jobs"], route_class=JsonRoute)
 
 
 class JobsQuery(ListQuery):
@@ -53,19 +54,19 @@ async def list_jobs(
 
 
 @router.get("/{job_id}", responses=refusals(404))
-async def get_job(job_id: str, shared: Shared, project: Project) -> Job:
+async def get_job(job_id: JobId, shared: Shared, project: Project) -> Job:
     """One job."""
     return await shared.jobs.get(project, job_id)
 
 
 @router.post("/{job_id}/cancel", responses=refusals(404, 409))
-async def cancel_job(job_id: str, shared: Shared, project: Project) -> Job:
+async def cancel_job(job_id: JobId, shared: Shared, project: Project) -> Job:
     """Stop a job: at once where it waits, at its next update where it runs. What it made stays."""
     return await shared.jobs.cancel(project, job_id)
 
 
 @router.delete("/{job_id}", responses=refusals(404, 409))
-async def delete_job(job_id: str, shared: Shared, project: Project) -> Deleted:
+async def delete_job(job_id: JobId, shared: Shared, project: Project) -> Deleted:
     """Delete a job that is over, with all it said and made."""
     await shared.jobs.delete(project, job_id)
     return Deleted(object="job", id=job_id)

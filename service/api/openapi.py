@@ -1,4 +1,6 @@
-"""What the documentation says of refusals: one document for all of them, at every route that may give it."""
+"""What the documentation says beyond the routes' own words: one document of refusals, at every route that may
+give it, and an example of every answer.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +10,7 @@ from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field
 
 from ppo_engine.spec import Issue
+from service.api import examples
 from service.api.problems import MEDIA_TYPE
 
 _REFUSALS = {
@@ -20,6 +23,7 @@ _REFUSALS = {
     413: "The body is beyond the limit.",
     416: "The content has no such bytes.",
     422: "Fields break a rule: `issues` names each, with what was given, the rule, and the fix.",
+    500: "The server failed in a way that was not foreseen; its log has the cause under the `request_id`.",
     503: "Something the service stands on does not answer; send it again in a moment.",
 }
 
@@ -30,10 +34,13 @@ class OpenAIError(BaseModel):
     model_config = ConfigDict(use_attribute_docstrings=True)
 
     message: str
+    """The `detail` of the problem."""
     type: str
+    """The kind of error, such as `invalid_request_error`."""
     param: str | None
     """The first field that is wrong."""
     code: str
+    """The reason, as a word for programs."""
 
 
 class Problem(BaseModel):
@@ -70,7 +77,9 @@ class Problem(BaseModel):
     type: str
     """`urn:proxima:problem:` and the code."""
     title: str
+    """The name of the status."""
     status: int
+    """The status of the answer."""
     detail: str
     """What was given, the rule, and the fix."""
     instance: str
@@ -78,16 +87,22 @@ class Problem(BaseModel):
     request_id: str
     """Names this request in the operator's log."""
     error: OpenAIError
+    """The same for OpenAI's clients."""
     issues: list[Issue] = Field(default_factory=list)
     """The fields that are wrong, where it is about fields."""
 
 
 def refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """The documentation of refusals, for a route's `responses`; 401 may come from every route."""
+    """The documentation of refusals, for the `responses` of a route that asks for a key."""
+    return open_refusals(401, 500, 503, *statuses)
+
+
+def open_refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The same for a route that is open to everybody: none but these."""
     schema = {"$ref": "#/components/schemas/Problem"}
     return {
         status: {"description": _REFUSALS[status], "content": {MEDIA_TYPE: {"schema": schema}}}
-        for status in sorted({401, *statuses})
+        for status in sorted(statuses)
     }
 
 
@@ -102,10 +117,10 @@ def _drop_validation_errors(document: dict[str, Any]) -> None:
 
 
 def install(app: FastAPI) -> None:
-    """Add the document of refusals to the schemas that the routes' answers bring in."""
+    """Add the document of refusals, and examples, to the schemas that the routes' answers bring in."""
     build = app.openapi
 
-    def with_problem() -> dict[str, Any]:
+    def completed() -> dict[str, Any]:
         if app.openapi_schema is None:
             document = build()
             schemas = document["components"]["schemas"]
@@ -113,7 +128,10 @@ def install(app: FastAPI) -> None:
             problem = Problem.model_json_schema(ref_template="#/components/schemas/{model}")
             schemas.update(problem.pop("$defs"))
             schemas["Problem"] = problem
+            schemas["JsonValue"]["description"] = "Any JSON."
+            for name, example in examples.BY_SCHEMA.items():
+                schemas[name]["examples"] = [example]
             app.openapi_schema = document
         return app.openapi_schema
 
-    app.openapi = with_problem  # type: ignore[method-assign]  # FastAPI's documented way to extend it
+    app.openapi = completed  # type: ignore[method-assign]  # FastAPI's documented way to extend it

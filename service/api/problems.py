@@ -14,13 +14,15 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import iter_route_contexts
+from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 from starlette.routing import compile_path
 from starlette.types import Scope
 
-from ppo_engine.spec import Issue, Loc, SpecError, shown
+from ppo_engine.spec import Issue, Loc, SpecError, shortened, shown, told
 from service.errors import ServiceError
+from service.strict_json import BadJson
 
 MEDIA_TYPE = "application/problem+json"
 RETRY_AFTER_SECONDS = 1
@@ -121,29 +123,39 @@ async def _on_spec_error(request: Request, error: Exception) -> Response:
 
 async def _on_validation_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    issues: dict[Loc, Issue] = {}
+    content_type = request.headers.get("content-type")
+    found: dict[Loc, Mapping[str, Any]] = {}
     for detail in error.errors():
-        issue = _issue_of(detail, request.headers.get("content-type"))
-        issues.setdefault(issue.loc, issue)
-    return invalid(request.scope, list(issues.values()))
+        found.setdefault(_place(detail), detail)
+    issues = (Issue(loc=loc, msg=_told(loc, detail, content_type)) for loc, detail in found.items())
+    return invalid(request.scope, shortened(issues, len(found)))
 
 
-def _issue_of(detail: Mapping[str, Any], content_type: str | None) -> Issue:
-    """One of FastAPI's findings, with the path of the field and the words of `ppo_engine.spec`."""
-    kind, where, given = detail["type"], detail["loc"], detail.get("input")
-    # Where a field came from (body, query, path) is no part of its name; "[key]" is pydantic's.
-    loc = tuple(part for part in where[1:] if part != "[key]")
+def _place(detail: Mapping[str, Any]) -> Loc:
+    """The path of a field. Where it came from (body, query, path) is no part of it; "[key]" is pydantic's."""
+    if detail["type"] == "json_invalid":
+        return ("body",)
+    return tuple(part for part in detail["loc"][1:] if part != "[key]") or ("body",)
+
+
+def _told(loc: Loc, detail: Mapping[str, Any], content_type: str | None) -> str:
+    """One of FastAPI's findings in the words of `ppo_engine.spec`, but for those that only requests have."""
+    kind, given = detail["type"], detail.get("input")
     if kind == "json_invalid":
-        return Issue(loc=("body",), msg=f"No JSON given: {detail['ctx']['error']} at character {where[-1]}.")
-    if loc == () and isinstance(given, bytes):
-        msg = f"Content-Type {shown(content_type)} given; send JSON, with Content-Type application/json."
-        return Issue(loc=("body",), msg=msg)
-    if kind == "missing":
-        return Issue(loc=loc or ("body",), msg="Nothing given; this field is required.")
-    if kind == "extra_forbidden":
-        msg = f"{shown(given)} given for an unknown field; remove it, or correct its name."
-        return Issue(loc=loc, msg=msg)
-    return Issue(loc=loc or ("body",), msg=f"{shown(given)} given. {detail['msg']}.")
+        error, position = detail["ctx"]["error"], detail["loc"][-1]
+        return f"No JSON given: {error} at character {position}; correct it there."
+    if loc == ("body",) and isinstance(given, bytes):
+        return f"Content-Type {shown(content_type)} given; send JSON, with Content-Type application/json."
+    if loc == ("Idempotency-Key",):
+        return (
+            f"{shown(given)} given; a key is 1 to 255 visible ASCII characters without spaces: give a UUID."
+        )
+    if isinstance(given, UploadFile):
+        return f"a file {shown(given.filename)} given for an unknown field; remove it, or correct its name."
+    if kind == "value_error" and isinstance(given, str):
+        # Pydantic meets no other value error here: parts without a filename are text.
+        return f"{shown(given)} given as text; a file is sent as a part with a filename: add one."
+    return told({**detail, "input": given})
 
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:
@@ -151,15 +163,28 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     asked = f"{request.method} {request.scope['path']}"
     detail, headers = str(error.detail), dict(error.headers or {})
+    issues: list[Issue] = []
+    if isinstance(error.__cause__, BadJson):
+        return invalid(request.scope, [_of_body(issue) for issue in error.__cause__.issues])
     if error.status_code == 400:
-        detail = "The body cannot be read; send JSON, or a form where a file is asked for, in UTF-8."
+        rule = "a form has few parts, a text each or a file, with short names, in UTF-8: correct it"
+        issues = [
+            Issue(loc=("body",), msg=f"A body given that cannot be read ({detail.rstrip('.')}); {rule}.")
+        ]
+        detail = issues[0].msg
+    elif error.status_code == 413:
+        issues = [Issue(loc=("body",), msg=detail)]
     elif error.status_code == 404:
         detail = f"There is no {asked}; /docs lists what there is."
     elif error.status_code == 405:
         headers["Allow"] = ", ".join(_methods(request))
         detail = f"There is no {asked}; this path knows {headers['Allow']}."
     code = _HTTP_CODES.get(error.status_code, "http_error")
-    return problem(request.scope, error.status_code, code, detail, headers=headers)
+    return problem(request.scope, error.status_code, code, detail, issues=issues, headers=headers)
+
+
+def _of_body(issue: Issue) -> Issue:
+    return Issue(loc=issue.loc or ("body",), msg=issue.msg)
 
 
 def _methods(request: Request) -> list[str]:
@@ -168,4 +193,4 @@ def _methods(request: Request) -> list[str]:
     for route in iter_route_contexts(request.app.routes):
         if route.path is not None and compile_path(route.path)[0].match(request.scope["path"]):
             methods |= route.methods or set()
-    return sorted(methods)
+    return sorted(methods | ({"HEAD"} if "GET" in methods else set()))

@@ -41,8 +41,8 @@ def repr_digest(sha256: str) -> str:
     return f"sha-256=:{base64.b64encode(bytes.fromhex(sha256)).decode()}:"
 
 
-def judge(method: str, headers: Mapping[str, str], sha256: str, size: int) -> Verdict:
-    """Decide how a GET or HEAD of `size` bytes is answered.
+def judge(headers: Mapping[str, str], sha256: str, size: int) -> Verdict:
+    """Decide how a GET of `size` bytes is answered.
 
     headers:
         The request's, by lower-case name.
@@ -52,9 +52,9 @@ def judge(method: str, headers: Mapping[str, str], sha256: str, size: int) -> Ve
         return Verdict(412, everything)
     if (known := headers.get("if-none-match")) is not None and _matches(known, sha256, weakly=True):
         return Verdict(304, everything)
-    # Range is defined for GET alone, and a partial answer must continue what the client already has.
+    # A partial answer must continue what the client already has.
     condition = headers.get("if-range")
-    if method != "GET" or (condition is not None and condition.strip() != entity_tag(sha256)):
+    if condition is not None and condition.strip() != entity_tag(sha256):
         return Verdict(200, everything)
     return _judge_range(headers.get("range"), size)
 

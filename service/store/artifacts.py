@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic import JsonValue
-from sqlalchemy import Select, delete, select
+from sqlalchemy import Select, delete, func, select, tuple_
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from ppo_engine.run_dir import ManifestFile
@@ -15,6 +15,7 @@ from service.store.events import Draft
 from service.store.fence import Fence, lock
 from service.store.ids import new_id
 from service.store.models import Artifact, ArtifactKind, Job
+from service.store.paging import Page, cut
 
 
 async def record(
@@ -78,14 +79,29 @@ def _of(project_id: str, job_id: str, kind: ArtifactKind) -> Select[Artifact]:
     )
 
 
-async def list_artifacts(
-    session: AsyncSession, project_id: str, job_id: str, kind: ArtifactKind
-) -> list[Artifact]:
-    """The newest artifact of a kind for each update, by update."""
-    newest: dict[int, Artifact] = {}
-    for artifact in await session.scalars(_of(project_id, job_id, kind)):
-        newest.setdefault(artifact.update, artifact)
-    return [newest[update] for update in sorted(newest)]
+async def page(
+    session: AsyncSession,
+    project_id: str,
+    job_id: str,
+    kind: ArtifactKind,
+    after: int = -1,
+    limit: int = 100,
+) -> Page[Artifact]:
+    """The artifacts of a kind after update `after`, by update; of each update, the newest attempt's."""
+    newest = (
+        select(Artifact.update, func.max(Artifact.attempt))
+        .where(Artifact.job_id == job_id, Artifact.kind == kind, Artifact.update > after)
+        .group_by(Artifact.update)
+        .order_by(Artifact.update)
+        .limit(limit + 1)
+    )
+    query = (
+        _of(project_id, job_id, kind)
+        .where(tuple_(Artifact.update, Artifact.attempt).in_(newest))
+        .order_by(None)
+        .order_by(Artifact.update)
+    )
+    return cut((await session.scalars(query)).all(), limit)
 
 
 async def get(

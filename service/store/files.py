@@ -69,13 +69,13 @@ async def list_files(
     """The project's files, newest first, behind the file `after`.
 
     Raises:
-        UnknownCursor: `after` is no file of the project.
+        UnknownCursor: `after` cannot be a file of the project, now or before.
     """
     return await newest_first(session, File, project_id, after, limit)
 
 
 async def delete_file(session: AsyncSession, project_id: str, file_id: str) -> File:
-    """Delete a file's row, and say where its bytes lie: they are the caller's to delete, after the commit.
+    """Delete a file's row; its bytes are the caller's, who notes their deletion in this unit of work.
 
     Raises:
         NotFound: the project has no such file.

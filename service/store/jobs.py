@@ -85,7 +85,7 @@ async def list_jobs(
     """The project's jobs, newest first, behind the job `after`.
 
     Raises:
-        UnknownCursor: `after` is no job of the project.
+        UnknownCursor: `after` cannot be a job of the project, now or before.
     """
     where = [] if state is None else [Job.state == state]
     return await newest_first(session, Job, project_id, after, limit, *where)
@@ -105,7 +105,8 @@ async def set_wanted(session: AsyncSession, project_id: str, job_id: str, wanted
 
 
 async def delete_job(session: AsyncSession, project_id: str, job_id: str) -> None:
-    """Delete a job that is over, with all that is kept of it here; what is in storage is the caller's.
+    """Delete a job that is over, with all that is kept of it here; what is in storage is the caller's, who
+    notes its deletion in this unit of work.
 
     Raises:
         NotFound: the project has no such job.

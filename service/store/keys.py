@@ -131,7 +131,7 @@ async def list_keys(
     """The project's keys, newest first, behind the key `after`; revoked ones too.
 
     Raises:
-        UnknownCursor: `after` is no key of the project.
+        UnknownCursor: `after` cannot be a key of the project, now or before.
     """
     return await newest_first(session, ApiKey, project_id, after, limit)
 

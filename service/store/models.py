@@ -199,6 +199,16 @@ class JobFile(Base):
     )
 
 
+class Deletion(Base):
+    """Bytes in storage that nobody knows any more. prefix: where they lie. due: from when to delete them."""
+
+    __tablename__ = "deletions"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    prefix: Mapped[str]
+    due: Mapped[datetime] = mapped_column(index=True)
+
+
 class IdempotencyKey(Base):
     """The answer that a request with an `Idempotency-Key` got. fingerprint: digest of the request's body."""
 

@@ -1,4 +1,7 @@
-"""Pages of lists, newest first. A cursor is the id of the last item one has; it must be of the list."""
+"""Pages of lists, newest first. A cursor is the id of the last item one has; it must be of the list.
+
+That item may be gone by now, as where a list is deleted page by page: an id tells its place by itself.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,13 @@ from sqlalchemy import ColumnElement, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from service.errors import UnknownCursor
+from service.store.ids import is_id
 from service.store.models import ApiKey, File, Job
 
 T = TypeVar("T")
 Listed = TypeVar("Listed", Job, File, ApiKey)
+
+_KINDS = {Job: "job", File: "file", ApiKey: "key"}
 
 
 @dataclass(frozen=True)
@@ -40,12 +46,13 @@ async def newest_first(
     """The rows of a project behind the row `after`.
 
     Raises:
-        UnknownCursor: `after` is no row of this table and project.
+        UnknownCursor: `after` cannot be a row of this table and project, now or before.
     """
-    mine = model.project_id == project_id
-    query = select(model).where(mine, *where).order_by(model.id.desc()).limit(limit + 1)
+    query = select(model).where(model.project_id == project_id, *where).order_by(model.id.desc())
     if after is not None:
-        if await session.scalar(select(model.id).where(model.id == after, mine)) is None:
+        owner = await session.scalar(select(model.project_id).where(model.id == after))
+        if not is_id(_KINDS[model], after) or owner not in (None, project_id):
             raise UnknownCursor(after, model.__tablename__.replace("_", " "))
         query = query.where(model.id < after)
+    query = query.limit(limit + 1)
     return cut((await session.scalars(query)).all(), limit)

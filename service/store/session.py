@@ -9,6 +9,7 @@ A `Store` belongs to one event loop and is opened after any fork.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -103,18 +104,13 @@ def listen_sqlite(engine: Engine, begin: str, *pragmas: str) -> None:
 
     A commit is on the disk when it returns. The driver begins no transactions of its own.
     """
-    set_up = (
-        f"busy_timeout = {BUSY_TIMEOUT_MS}",
-        "journal_mode = WAL",
-        "synchronous = FULL",
-        "foreign_keys = ON",
-        *pragmas,
-    )
+    set_up = (f"busy_timeout = {BUSY_TIMEOUT_MS}", "synchronous = FULL", "foreign_keys = ON", *pragmas)
 
     @event.listens_for(engine, "connect")
     def on_connect(connection: Any, record: Any) -> None:
         connection.isolation_level = None
         cursor = connection.cursor()
+        _log_ahead(cursor)
         for pragma in set_up:
             cursor.execute(f"PRAGMA {pragma}")
         cursor.close()
@@ -122,3 +118,19 @@ def listen_sqlite(engine: Engine, begin: str, *pragmas: str) -> None:
     @event.listens_for(engine, "begin")
     def on_begin(connection: Any) -> None:
         connection.exec_driver_sql(begin)
+
+
+def _log_ahead(cursor: Any) -> None:
+    """Switch a database to the write-ahead log, which its file keeps.
+
+    Of several that do so with a new file, SQLite refuses all but one without a wait: they try again.
+    """
+    deadline = time.monotonic() + BUSY_TIMEOUT_MS / 1000
+    while True:
+        try:
+            cursor.execute("PRAGMA journal_mode = WAL")
+            return
+        except Exception as error:  # each driver, and SQLAlchemy's shell around it, has a class of its own
+            if "locked" not in str(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)

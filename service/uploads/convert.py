@@ -18,6 +18,8 @@ from service.uploads.lines import (
     Numbered,
     Unreadable,
     bad_file,
+    bad_line,
+    of_line,
     read_csv,
     read_jsonl,
 )
@@ -65,14 +67,16 @@ def convert(source: BinaryIO, filename: str, target: BinaryIO, max_bytes: int) -
     _check_content(source, kind)
     writer = _Writer(target, max_bytes)
     issues: list[Issue] = []
-    for number, row in _READERS[kind](source):
-        found = _row_issues(number, row)
-        issues += found
-        if len(issues) >= MAX_ISSUES:
-            break
-        # Once a row is bad, nothing will be kept: the rest is only read to name further bad rows.
-        if not issues:
-            issues += writer.write(number, row)
+    try:
+        for number, row in _READERS[kind](source):
+            issues += _row_issues(number, row)
+            if len(issues) >= MAX_ISSUES:
+                break
+            # Once a row is bad, nothing will be kept: the rest is only read to name further bad rows.
+            if not issues:
+                issues += writer.write(number, row)
+    except BadFile as error:
+        issues += error.issues  # behind those of the rows before it
     if issues:
         raise BadFile(*issues[:MAX_ISSUES])
     if not writer.rows:
@@ -101,11 +105,8 @@ def _check_content(source: BinaryIO, kind: Format) -> None:
 
 
 def _row_issues(number: int, row: object | Unreadable) -> list[Issue]:
-    if isinstance(row, Unreadable):
-        return [Issue(loc=("file", number), msg=f"Line {number}: {row.msg}")]
-    return [
-        Issue(loc=("file", number, *issue.loc), msg=f"Line {number}: {issue.msg}") for issue in check_row(row)
-    ]
+    found = row.issues if isinstance(row, Unreadable) else check_row(row)
+    return [of_line(number, issue) for issue in found]
 
 
 class _Writer:
@@ -125,7 +126,7 @@ class _Writer:
         try:
             line = canonical(row)
         except ValueError as error:
-            yield Issue(loc=("file", number), msg=f"Line {number}: {error}.")
+            yield of_line(number, Issue(loc=(), msg=f"{error}."))
             return
         self.columns.update(dict.fromkeys(row))
         self._check_sizes(len(line), number)
@@ -136,8 +137,8 @@ class _Writer:
 
     def _check_sizes(self, added: int, number: int) -> None:
         if added > MAX_LINE_BYTES:
-            raise bad_file(
-                f"Line {number}: a row of {added} bytes as JSON given; {MAX_LINE_BYTES} are the most.", number
+            raise bad_line(
+                number, f"a row of {added} bytes as JSON given; {MAX_LINE_BYTES} are the most: shorten it."
             )
         if self.bytes + added > self._max_bytes:
             raise bad_file(
@@ -145,6 +146,6 @@ class _Writer:
                 "most; split the file."
             )
         if len(self.columns) > MAX_COLUMNS:
-            raise bad_file(
-                f"Line {number}: {len(self.columns)} columns given; {MAX_COLUMNS} are the most.", number
+            raise bad_line(
+                number, f"{len(self.columns)} columns given; {MAX_COLUMNS} are the most: leave some out."
             )

@@ -12,9 +12,11 @@ import csv
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO
 
-from ppo_engine.spec import Issue, Loc, shown
+from ppo_engine.spec import Issue, shown
+from service import strict_json
+from service.strict_json import BadJson, not_utf8
 from service.uploads.rows import PROMPT_COLUMNS
 
 MAX_LINE_BYTES = 1024 * 1024
@@ -25,9 +27,13 @@ csv.field_size_limit(MAX_LINE_BYTES)  # the module's only knob is global; its de
 
 @dataclass(frozen=True)
 class Unreadable:
-    """A line that is no row; msg says why."""
+    """A line that is no row. issues: why; their locs start at the line."""
 
-    msg: str
+    issues: tuple[Issue, ...]
+
+
+def unreadable(msg: str, *where: str | int) -> Unreadable:
+    return Unreadable((Issue(loc=where, msg=msg),))
 
 
 Numbered = tuple[int, object | Unreadable]
@@ -41,9 +47,17 @@ class BadFile(ValueError):
         super().__init__("\n".join(map(str, issues)))
 
 
-def bad_file(msg: str, *where: str | int) -> BadFile:
-    loc: Loc = ("file", *where)
-    return BadFile(Issue(loc=loc, msg=msg))
+def bad_file(msg: str, *where: str) -> BadFile:
+    return BadFile(Issue(loc=("file", *where), msg=msg))
+
+
+def bad_line(number: int, msg: str) -> BadFile:
+    return BadFile(of_line(number, Issue(loc=(), msg=msg)))
+
+
+def of_line(number: int, issue: Issue) -> Issue:
+    """An issue of a line, whose loc starts there, as one of the form's field."""
+    return Issue(loc=("file", number, *issue.loc), msg=f"Line {number}: {issue.msg}")
 
 
 def read_jsonl(file: BinaryIO) -> Iterator[Numbered]:
@@ -63,7 +77,7 @@ def _text_lines(file: BinaryIO) -> Iterator[tuple[int, str | Unreadable, bool]]:
         if len(raw) > MAX_LINE_BYTES and not raw.endswith(b"\n"):
             _skip_line(file)
             msg = f"a line of more than {MAX_LINE_BYTES} bytes given, which is the most; shorten the row."
-            yield number, Unreadable(msg), True
+            yield number, unreadable(msg), True
             continue
         if number == 1:
             raw = raw.removeprefix(codecs.BOM_UTF8)
@@ -79,35 +93,25 @@ def _decode(raw: bytes) -> str | Unreadable:
     try:
         return raw.decode()
     except UnicodeDecodeError as error:
-        byte = raw[error.start]
-        return Unreadable(
-            f"byte 0x{byte:02X} given at position {error.start + 1}, which is not UTF-8; "
-            "save the file in the encoding UTF-8."
-        )
+        return unreadable(not_utf8(error, "save the file in the encoding UTF-8"))
 
 
 def _parse(line: str, is_whole: bool) -> object | Unreadable:
     try:
-        row: object = json.loads(line, parse_constant=_refuse_constant)
+        row: object = strict_json.loads(line)
         return row
     except json.JSONDecodeError as error:
         if not is_whole:
-            return Unreadable(
+            return unreadable(
                 f"the file ends in the middle of this line, with {shown(line[-40:])}; it was cut off: "
                 "upload it whole."
             )
         near = shown(line[max(error.pos - 20, 0) : error.pos + 20])
-        return Unreadable(
+        return unreadable(
             f"not JSON: {error.msg} at column {error.colno}, near {near}; each line is one JSON object."
         )
-    except RecursionError:
-        return Unreadable("values nested too deeply given; flatten them.")
-    except ValueError as error:
-        return Unreadable(f"not JSON: {error}.")
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} given, which JSON does not have: give null")
+    except BadJson as error:
+        return Unreadable(tuple(error.issues))
 
 
 def read_csv(file: BinaryIO) -> Iterator[Numbered]:
@@ -121,7 +125,7 @@ def read_csv(file: BinaryIO) -> Iterator[Numbered]:
         try:
             cells = next(reader, None)
         except csv.Error as error:
-            raise bad_file(_csv_problem(error, first), first) from None
+            raise bad_line(first, _csv_problem(error, first)) from None
         if cells is None:
             return
         if not cells:
@@ -143,13 +147,13 @@ class _CsvFeed(Iterator[str]):
     def __next__(self) -> str:
         self.number, line, _ = next(self._lines)
         if isinstance(line, Unreadable):
-            raise bad_file(line.msg, self.number)
+            raise BadFile(*(of_line(self.number, issue) for issue in line.issues))
         self.record_bytes += len(line)
         if self.record_bytes > MAX_LINE_BYTES:
-            raise bad_file(
+            raise bad_line(
+                self.number,
                 f"a record of more than {MAX_LINE_BYTES} characters given, which is the most; "
                 "close the quote that begins it, or shorten the row.",
-                self.number,
             )
         return line
 
@@ -167,23 +171,23 @@ def _csv_problem(error: csv.Error, line: int) -> str:
 
 def _checked_header(names: list[str]) -> list[str]:
     if len(names) > MAX_COLUMNS:
-        raise bad_file(f"{len(names)} columns given; {MAX_COLUMNS} are the most.", 1)
+        raise bad_line(1, f"{len(names)} columns given; {MAX_COLUMNS} are the most: leave some out.")
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated or "" in names:
         given = f"{shown(repeated[0])} given twice" if repeated else "a column without a name given"
-        raise bad_file(f"{given}; each column of the header needs a name of its own.", 1)
+        raise bad_line(1, f"{given}; each column of the header needs a name of its own.")
     if not set(PROMPT_COLUMNS) & set(names):
-        raise bad_file(
+        raise bad_line(
+            1,
             f"the columns {shown(names)} given; the first line names the columns, separated by commas, one "
             f"of them {shown(PROMPT_COLUMNS)}.",
-            1,
         )
     return names
 
 
 def _csv_row(header: list[str], cells: list[str]) -> dict[str, Any] | Unreadable:
     if len(cells) != len(header):
-        return Unreadable(
+        return unreadable(
             f"{len(cells)} fields given where the header names {len(header)}; quote fields that contain "
             "commas, and upload the file whole."
         )
@@ -193,7 +197,9 @@ def _csv_row(header: list[str], cells: list[str]) -> dict[str, Any] | Unreadable
             # An empty cell is how a table says that the row has its prompt in another column.
             value = _parse(row[name], is_whole=True) if row[name] else None
             if isinstance(value, Unreadable):
-                return Unreadable(f"column {shown(name)}: {value.msg}")
+                return Unreadable(
+                    tuple(Issue(loc=(name, *issue.loc), msg=issue.msg) for issue in value.issues)
+                )
             row[name] = value
     if "prompt" in row and not row["prompt"] and any(row.get(name) for name in ("messages", "input_ids")):
         row["prompt"] = None

@@ -55,8 +55,6 @@ def canonical(row: dict[str, Any]) -> bytes:
         raise ValueError("a number that is NaN or infinite given; JSON has neither: give null") from None
     except TypeError as error:
         raise ValueError(f"a value JSON has no form for ({error}); give text or a number") from None
-    except RecursionError:
-        raise ValueError("values nested too deeply; flatten them") from None
 
 
 def _check_prompt(prompt: object) -> Iterator[Issue]:

@@ -14,7 +14,7 @@ from service import queue
 from service.settings import Settings
 from tests.servers import free_port
 
-LONG = 30.0  # seconds: reached only by a test that fails
+LONG = 300.0  # seconds: reached only by a test that fails
 
 
 @pytest.fixture(params=["redis", "filesystem"])

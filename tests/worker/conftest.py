@@ -22,7 +22,7 @@ async def make_fleet(directory: Path, database_url: str, broker_url: str) -> Fle
         broker_url=broker_url,
         queue=f"queue-{secrets.token_hex(4)}",
         allow_cpu=True,
-        lease_seconds=8.0,
+        lease_seconds=20.0,
         heartbeat_seconds=0.5,
         kill_grace_seconds=1.0,
     )

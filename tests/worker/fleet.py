@@ -30,6 +30,8 @@ from worker.settings import WorkerSettings
 from worker.train import Worker, run_jobs
 
 ROOT = Path(__file__).parents[2]
+SHORT_LEASE = 8.0
+"""Seconds, for tests that wait for a lease to run out; in all others it outlasts a stall of the machine."""
 STAND_IN = Path(__file__).with_name("stand_in.py")
 PROMPTS = b"".join(b'{"prompt": "%d"}\n' % number for number in range(64))
 
@@ -134,7 +136,7 @@ class Fleet:
 
     async def artifacts(self, job_id: str, kind: ArtifactKind) -> list[Artifact]:
         async with self.store.read() as session:
-            return await artifacts.list_artifacts(session, self.project, job_id, kind)
+            return list((await artifacts.page(session, self.project, job_id, kind, limit=10_000)).data)
 
     async def reaches(self, job_id: str, *states: str) -> Job:
         """Wait for a job to be in one of the states."""

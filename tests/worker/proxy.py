@@ -1,8 +1,12 @@
-"""A server's address that can be cut off from it, and joined again."""
+"""A server's address that can be cut off from it, and joined again.
+
+It works on sockets: asyncio's streams lose sight of a connection that comes in the moment of the cut.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 
@@ -12,60 +16,61 @@ class Proxy:
 
     def __init__(self, host: str, port: int) -> None:
         self._to = (host, port)
-        self._server: asyncio.Server | None = None
+        self._loop = asyncio.get_running_loop()
+        self._listening: socket.socket | None = None
         self._passing: set[asyncio.Task[None]] = set()
         self.port = 0
 
-    async def join(self) -> None:
+    def join(self) -> None:
         """Take connections, at the same port each time."""
-        self._server = await asyncio.start_server(self._accept, "127.0.0.1", self.port)
-        self.port = self._server.sockets[0].getsockname()[1]
+        listening = socket.create_server(("127.0.0.1", self.port))
+        listening.setblocking(False)
+        self._loop.add_reader(listening, self._accept, listening)
+        self.port = listening.getsockname()[1]
+        self._listening = listening
 
     async def cut(self) -> None:
         """End all connections, and refuse new ones."""
-        assert self._server is not None, "joined before"
-        self._server.close()
+        if self._listening is not None:
+            self._loop.remove_reader(self._listening)
+            self._listening.close()
+            self._listening = None
         for task in self._passing:
             task.cancel()
         await asyncio.gather(*self._passing, return_exceptions=True)
-        await self._server.wait_closed()
 
-    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Not a coroutine: asyncio 3.11 logs an error for each task of its own that is cancelled."""
-        task = asyncio.create_task(self._serve(reader, writer))
-        self._passing.add(task)
-        task.add_done_callback(self._passing.discard)
+    def _accept(self, listening: socket.socket) -> None:
+        with suppress(BlockingIOError):  # it has left already
+            near, _ = listening.accept()
+            near.setblocking(False)
+            task = asyncio.create_task(self._serve(near))
+            self._passing.add(task)
+            # Here, since a task that is cancelled before it begins does nothing.
+            task.add_done_callback(lambda _: near.close())
+            task.add_done_callback(self._passing.discard)
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writers = [writer]
-        try:
-            there = await asyncio.open_connection(*self._to)
-            writers.append(there[1])
-            await asyncio.wait(
-                [
-                    asyncio.create_task(_pass(reader, there[1])),
-                    asyncio.create_task(_pass(there[0], writer)),
-                ]
-            )
-        finally:
-            for end in writers:
-                end.transport.abort()
+    async def _serve(self, near: socket.socket) -> None:
+        with socket.socket() as far:
+            far.setblocking(False)
+            await self._loop.sock_connect(far, self._to)
+            async with asyncio.TaskGroup() as ways:
+                ways.create_task(self._pass(near, far))
+                ways.create_task(self._pass(far, near))
 
-
-async def _pass(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """Until one end closes; then the other one is closed too."""
-    with suppress(OSError):
-        while data := await reader.read(65_536):
-            writer.write(data)
-            await writer.drain()
-    writer.close()
+    async def _pass(self, one: socket.socket, other: socket.socket) -> None:
+        """Until one end closes; then the other one is told so."""
+        with suppress(OSError):
+            while data := await self._loop.sock_recv(one, 65_536):
+                await self._loop.sock_sendall(other, data)
+        with suppress(OSError):
+            other.shutdown(socket.SHUT_WR)
 
 
 @asynccontextmanager
 async def proxy(host: str, port: int) -> AsyncIterator[Proxy]:
     """A proxy that is joined."""
     made = Proxy(host, port)
-    await made.join()
+    made.join()
     try:
         yield made
     finally:

@@ -14,9 +14,9 @@ import redis
 from service.queue import ring
 from service.store import jobs
 from service.store.models import Job
-from tests.worker.fleet import ROOT, Fleet
+from tests.worker.fleet import ROOT, SHORT_LEASE, Fleet
 from tests.worker.stand_in import chain
-from tests.worker.waiting import eventually, until
+from tests.worker.waiting import DEADLINE_SECONDS, eventually, until
 
 pytestmark = pytest.mark.anyio
 
@@ -39,7 +39,7 @@ async def test_a_bell_starts_a_job(fleet: Fleet) -> None:
     assert (job.state, await policy(fleet, job)) == ("succeeded", chain(5)), fleet.logs()
 
     worker.terminate()
-    assert worker.wait(30) == 0, "an idle worker leaves at once"
+    assert worker.wait(DEADLINE_SECONDS) == 0, "an idle worker leaves at once"
 
 
 async def listening(fleet: Fleet) -> None:
@@ -52,7 +52,7 @@ async def listening(fleet: Fleet) -> None:
 
 
 async def test_a_killed_worker_loses_no_job(fleet: Fleet) -> None:
-    first = fleet.start(*ENDLESS, "--rank")
+    first = fleet.start(*ENDLESS, "--rank", lease_seconds=SHORT_LEASE)
     job_id = await fleet.submit()
     await fleet.has_checkpoint(job_id, 4)
 
@@ -84,7 +84,7 @@ async def test_a_worker_that_is_asked_to_leave_hands_the_job_over(fleet: Fleet) 
     await fleet.gets_to(job_id, 3)
 
     first.send_signal(signal.SIGTERM)
-    assert first.wait(60) == 0, fleet.logs()
+    assert first.wait(DEADLINE_SECONDS) == 0, fleet.logs()
     assert fleet.engines() == []
     left = await fleet.job(job_id)
     assert (left.state, left.stalled_attempts) == ("queued", 0), "no attempt is spent"
@@ -97,7 +97,7 @@ async def test_a_worker_that_is_asked_to_leave_hands_the_job_over(fleet: Fleet) 
 
 
 async def test_a_worker_that_was_frozen_finds_its_job_gone_and_leaves_it_alone(fleet: Fleet) -> None:
-    frozen = fleet.start(*ENDLESS, "--rank")
+    frozen = fleet.start(*ENDLESS, "--rank", lease_seconds=SHORT_LEASE)
     job_id = await fleet.submit()
     await fleet.has_checkpoint(job_id, 4)
 
@@ -117,7 +117,7 @@ async def test_a_worker_that_was_frozen_finds_its_job_gone_and_leaves_it_alone(f
     states = [event.data["state"] for event in await fleet.events(job_id, "state")]
     assert states == ["queued", "running", "queued", "running", "succeeded"]
     frozen.terminate()
-    assert frozen.wait(60) == 0
+    assert frozen.wait(DEADLINE_SECONDS) == 0
 
 
 async def test_a_job_without_a_bell_is_found(embedded: Fleet) -> None:
@@ -140,7 +140,7 @@ async def test_one_bell_wakes_as_many_workers_as_there_are_jobs(embedded: Fleet)
 
 
 async def test_what_a_dead_worker_left_on_the_disk_is_removed(embedded: Fleet) -> None:
-    worker = embedded.start(*ENDLESS)
+    worker = embedded.start(*ENDLESS, lease_seconds=SHORT_LEASE)
     job_id = await embedded.submit()
     await embedded.gets_to(job_id, 1)
     worker.kill()
@@ -165,7 +165,7 @@ async def test_a_broker_that_hung_up_while_a_job_ran_is_heard_again(production: 
     await production.gets_to(other, 1)
 
     worker.terminate()
-    assert worker.wait(60) == 0
+    assert worker.wait(DEADLINE_SECONDS) == 0
 
 
 def hang_up(url: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -12,7 +13,7 @@ import pytest
 from sqlalchemy import make_url
 
 from service.store.session import Store
-from tests.worker.fleet import Fleet
+from tests.worker.fleet import SHORT_LEASE, Fleet
 from tests.worker.proxy import Proxy, proxy
 from tests.worker.stand_in import chain
 
@@ -49,7 +50,7 @@ async def test_a_short_outage_of_the_database_changes_nothing(production: Fleet)
         await way.cut()
         at = await production.said_on_disk(job_id, beyond=(await production.job(job_id)).update + 5)
         assert (await production.job(job_id)).update < at, "nothing reaches the database"
-        await way.join()
+        way.join()
 
     job = await production.job(job_id)
     assert (job.state, job.attempt) == ("succeeded", 1)
@@ -61,12 +62,12 @@ async def test_a_long_outage_of_the_database_makes_the_engine_save_and_stop(prod
     job_id = await production.submit()
     async with (
         far_away(production) as (store, way),
-        production.working(*ENDLESS, store=store, kill_grace_seconds=0.2),
+        production.working(*ENDLESS, store=store, kill_grace_seconds=0.2, lease_seconds=SHORT_LEASE),
     ):
         await production.gets_to(job_id, 3)
         await way.cut()
         await production.engine_ended()
-        await way.join()
+        way.join()
         await production.gets_to(job_id, 1, attempt=2)
         await production.wish(job_id, "cancel")
 
@@ -86,12 +87,12 @@ async def test_an_engine_that_hangs_is_ended_while_the_lease_still_holds(product
     job_id = await production.submit()
     async with (
         far_away(production) as (store, way),
-        production.working("--hang-at", 3, store=store, kill_grace_seconds=0.5),
+        production.working("--hang-at", 3, store=store, kill_grace_seconds=0.5, lease_seconds=SHORT_LEASE),
     ):
         await production.gets_to(job_id, 3)
         await way.cut()
         await production.engine_ended()
-        await way.join()
+        way.join()
         await production.begins(job_id, attempt=2)
         await production.take_away(job_id)
     assert "was sent SIGTERM" in await production.log(job_id, attempt=1)
@@ -102,7 +103,7 @@ async def test_without_the_database_nothing_is_claimed_and_nothing_breaks(produc
     async with far_away(production) as (store, way):
         await way.cut()
         await production.work(store=store)
-        await way.join()
+        way.join()
         await production.work("--updates", 1, store=store)
     assert (await production.job(job_id)).state == "succeeded"
 
@@ -111,12 +112,19 @@ async def test_without_the_database_nothing_is_claimed_and_nothing_breaks(produc
 def storage_away(fleet: Fleet) -> Iterator[None]:
     """Nothing can be stored: where the directory was, there is a file."""
     place = fleet.settings.data_dir / "storage"
-    aside = place.with_name("storage-aside")
-    place.rename(aside)
-    place.touch()
+    aside = place.with_name("aside")
+    aside.touch()
+    exchange(place, aside)
     yield
-    place.unlink()
-    aside.rename(place)
+    exchange(place, aside)
+
+
+def exchange(one: Path, other: Path) -> None:
+    """Let two paths change places in one stroke: a moment in which there is nothing would be no outage."""
+    at_here, rename_exchange = -100, 2
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.renameat2(at_here, bytes(one), at_here, bytes(other), rename_exchange) != 0:
+        raise OSError(ctypes.get_errno(), f"{one} and {other} cannot change places")
 
 
 async def test_an_outage_of_the_storage_delays_the_end_and_no_more(embedded: Fleet) -> None:
@@ -212,6 +220,6 @@ async def test_leaving_does_not_wait_for_the_database_for_ever(production: Fleet
             await way.cut()
             leaving.append(True)
             await production.attempts_over()
-        await way.join()
+        way.join()
     assert (await production.job(job_id)).state == "running", "until its lease is over"
     production.no_engine_left()

@@ -239,6 +239,15 @@ async def test_what_only_the_worker_can_check_fails_the_job(embedded: Fleet) -> 
     assert "128 given; the model has 128 positions" in (job.error_message or "")
 
 
+async def test_a_broken_model_is_told_by_the_name_it_was_given(embedded: Fleet) -> None:
+    (embedded.settings.model_roots[0] / "tiny" / "config.json").write_text("{")
+    job_id = await embedded.submit()
+    await embedded.work()
+    message = (await embedded.job(job_id)).error_message or ""
+    assert "tiny/config.json" in message
+    assert str(embedded.directory) not in message
+
+
 async def test_a_model_outside_the_allowed_roots_is_refused(embedded: Fleet) -> None:
     job_id = await embedded.submit({**SPEC, "model": {"type": "local", "path": "/etc"}})
     await embedded.work()

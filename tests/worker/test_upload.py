@@ -50,10 +50,14 @@ def make(directory: Path, update: int, content: str = "{}") -> None:
     write_atomic(directory / MANIFEST, manifest.model_dump_json().encode())
 
 
+async def nothing_said() -> None:
+    """For an engine that says nothing."""
+
+
 async def test_everything_is_uploaded_once_and_acknowledged(
     embedded: Fleet, fence: Fence, run_dir: RunDir
 ) -> None:
-    uploads = Uploads(embedded.store, embedded.storage, fence, run_dir, safe=[2])
+    uploads = Uploads(embedded.store, embedded.storage, fence, run_dir, nothing_said, safe=[2])
     running = asyncio.create_task(uploads.run(poll=0.01))
     make(run_dir.checkpoint(2), 2)
     make(run_dir.checkpoint(4), 4)
@@ -68,6 +72,20 @@ async def test_everything_is_uploaded_once_and_acknowledged(
     assert acks.checkpoints == (2, 4), "the one it began with is safe, too, and is not uploaded again"
 
 
+async def test_a_checkpoint_is_known_only_once_what_was_said_before_it_is(
+    embedded: Fleet, fence: Fence, run_dir: RunDir
+) -> None:
+    known: list[list[Artifact]] = []
+
+    async def catch_up() -> None:
+        known.append(await embedded.artifacts(fence.job_id, "checkpoint"))
+
+    make(run_dir.checkpoint(2), 2)
+    await Uploads(embedded.store, embedded.storage, fence, run_dir, catch_up).finish()
+    assert known == [[]]
+    assert len(await embedded.artifacts(fence.job_id, "checkpoint")) == 1
+
+
 async def test_what_is_safe_is_not_uploaded_again(embedded: Fleet, fence: Fence, run_dir: RunDir) -> None:
     async def exports(count: int) -> list[str]:
         async def look() -> list[Artifact]:
@@ -76,7 +94,7 @@ async def test_what_is_safe_is_not_uploaded_again(embedded: Fleet, fence: Fence,
 
         return [artifact.id for artifact in await eventually(look, f"{count} exports are known")]
 
-    uploads = Uploads(embedded.store, embedded.storage, fence, run_dir)
+    uploads = Uploads(embedded.store, embedded.storage, fence, run_dir, nothing_said)
     running = asyncio.create_task(uploads.run(poll=0.01))
     make(run_dir.export(2), 2)
     first = await exports(1)
@@ -88,7 +106,7 @@ async def test_what_is_safe_is_not_uploaded_again(embedded: Fleet, fence: Fence,
 async def test_what_has_no_manifest_is_not_there_yet(embedded: Fleet, fence: Fence, run_dir: RunDir) -> None:
     make(run_dir.checkpoint(2), 2)
     (run_dir.checkpoint(2) / MANIFEST).unlink()
-    await Uploads(embedded.store, embedded.storage, fence, run_dir).finish()
+    await Uploads(embedded.store, embedded.storage, fence, run_dir, nothing_said).finish()
     assert await embedded.artifacts(fence.job_id, "checkpoint") == []
 
 
@@ -100,14 +118,14 @@ async def test_a_file_that_is_not_what_its_manifest_says_is_never_known(
     make(directory, 2, json.dumps({"state": 1}))
     (directory / "state.json").write_text(json.dumps({"state": 2}))
     with pytest.raises(Damaged, match=r"state\.json does not have the sha256"):
-        await Uploads(embedded.store, embedded.storage, fence, run_dir).finish()
+        await Uploads(embedded.store, embedded.storage, fence, run_dir, nothing_said).finish()
     assert await embedded.artifacts(fence.job_id, "checkpoint") == []
     assert await embedded.artifacts(fence.job_id, "export") == []
 
 
 async def test_of_a_very_long_log_the_end_is_kept(embedded: Fleet, fence: Fence, run_dir: RunDir) -> None:
     run_dir.log.write_bytes(b"x" * LOG_BYTES + b"the end")
-    await Uploads(embedded.store, embedded.storage, fence, run_dir).finish()
+    await Uploads(embedded.store, embedded.storage, fence, run_dir, nothing_said).finish()
     [log] = await embedded.artifacts(fence.job_id, "log")
     assert log.files[0]["size"] == LOG_BYTES
     assert (await embedded.log(fence.job_id)).endswith("xthe end")
@@ -119,7 +137,7 @@ async def test_without_the_fence_nothing_becomes_known(
     make(run_dir.checkpoint(2), 2)
     await embedded.take_away(fence.job_id)
     with pytest.raises(FenceLost):
-        await Uploads(embedded.store, embedded.storage, fence, run_dir).finish()
+        await Uploads(embedded.store, embedded.storage, fence, run_dir, nothing_said).finish()
     assert await embedded.artifacts(fence.job_id, "checkpoint") == []
     assert run_dir.read_acks() is None
 
@@ -153,7 +171,7 @@ async def test_what_failed_after_a_checkpoint_was_known_is_made_up_for(
 ) -> None:
     run_dir = FullDisk(tmp_path / "run")
     storage = Reluctant.open(embedded.settings.storage_url)
-    uploads = Uploads(embedded.store, storage, fence, run_dir)
+    uploads = Uploads(embedded.store, storage, fence, run_dir, nothing_said)
     for update in (2, 4, 6):
         make(run_dir.checkpoint(update), update)
     await persist(uploads.finish, Patience(60.0))

@@ -9,7 +9,7 @@ import psutil
 
 T = TypeVar("T")
 
-DEADLINE_SECONDS = 60.0
+DEADLINE_SECONDS = 300.0
 POLL_SECONDS = 0.05
 
 

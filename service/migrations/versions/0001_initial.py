@@ -1,4 +1,5 @@
-"""The first tables: projects, keys, files, jobs with their events and artifacts, and idempotency keys."""
+"""The first tables: projects, keys, files, jobs with their events and artifacts,
+idempotency keys, and deletions."""
 
 from __future__ import annotations
 
@@ -16,11 +17,12 @@ def upgrade() -> None:
     _create_events()
     _create_artifacts()
     _create_idempotency_keys()
+    _create_deletions()
 
 
 def downgrade() -> None:
-    tables = ("idempotency_keys", "artifacts", "events", "job_files", "jobs", "files", "api_keys", "projects")
-    for table in tables:
+    made = ("projects", "api_keys", "files", "jobs", "job_files", "events", "artifacts")
+    for table in ("deletions", "idempotency_keys", *reversed(made)):
         op.drop_table(table)
 
 
@@ -194,3 +196,14 @@ def _create_idempotency_keys() -> None:
         sa.PrimaryKeyConstraint("project_id", "route", "key", name="pk_idempotency_keys"),
     )
     op.create_index("ix_idempotency_keys_created_at", "idempotency_keys", ["created_at"])
+
+
+def _create_deletions() -> None:
+    op.create_table(
+        "deletions",
+        _text("id"),
+        _text("prefix"),
+        _time("due"),
+        sa.PrimaryKeyConstraint("id", name="pk_deletions"),
+    )
+    op.create_index("ix_deletions_due", "deletions", ["due"])

@@ -21,6 +21,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_model(root / "bert", config={"architectures": ["BertForMaskedLM"]})
     make_model(root / "mute", tokenizer={"tokenizer_class": "PreTrainedTokenizerFast"})
     (root / "empty").mkdir()
+    (root / "link").symlink_to(make_model(tmp_path_factory.mktemp("elsewhere") / "tiny"))
     return root
 
 

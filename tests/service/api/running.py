@@ -35,7 +35,7 @@ from service.store.transitions import Fence
 
 T = TypeVar("T")
 
-DEADLINE = 30.0
+DEADLINE = 300.0
 MAX_BODY = 64 * 1024
 MAX_FILE = 8 * 1024 * 1024
 
@@ -170,6 +170,7 @@ def make_model(path: Path, **changes: Any) -> Path:
     (path / "config.json").write_text(json.dumps(config | {"vocab_size": 30} | changes.get("config", {})))
     (path / "tokenizer_config.json").write_text(json.dumps(changes.get("tokenizer", tokenizer)))
     shapes = {"wte.weight": [30, 8], "h.0.attn.c_attn.weight": [8, 24], "h.0.mlp.c_fc.weight": [8, 32]}
+    shapes |= changes.get("shapes", {})
     header = {
         name: {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]} for name, shape in shapes.items()
     }
@@ -221,6 +222,24 @@ def problem(answer: httpx.Response, status: int, code: str) -> dict[str, Any]:
     assert "Traceback" not in answer.text
     assert 'File "' not in answer.text
     return document
+
+
+def demand(
+    answer: httpx.Response,
+    status: int,
+    code: str,
+    loc: tuple[str | int, ...],
+    given: str,
+    rule: str,
+    fix: str,
+) -> None:
+    """A refusal must tell all: where, what was given, the rule, and the fix."""
+    document = problem(answer, status, code)
+    issues = {tuple(issue["loc"]): issue["msg"] for issue in document["issues"]}
+    assert loc in issues, issues
+    for part in (given, rule, fix):
+        assert part in issues[loc], (part, issues[loc])
+    assert document["error"]["param"] == ".".join(map(str, document["issues"][0]["loc"]))
 
 
 def issue_at(answer: httpx.Response, *loc: str | int) -> str:

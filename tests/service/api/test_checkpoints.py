@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import logging
+import shutil
 from collections.abc import Iterator
 
 import httpx
 import pytest
 
 from service.store import transitions
-from tests.service.api.running import Running, issue_at, make_job, problem
+from tests.service.api.running import Running, issue_at, make_job, problem, upload
 
 WEIGHTS = bytes(range(256)) * 40
 CONFIG = b'{"peft_type": "LORA"}'
@@ -90,22 +92,6 @@ def test_a_whole_file(client: httpx.Client, job_id: str):
     assert answer.headers["x-content-type-options"] == "nosniff"
 
 
-def test_head_tells_the_same_without_the_bytes(client: httpx.Client, job_id: str):
-    for path in ("checkpoints/8/files/adapter_model.safetensors", "adapter"):
-        url = f"/v1/jobs/{job_id}/{path}"
-        head, get = client.head(url), client.get(url)
-        assert (head.status_code, head.content) == (200, b"")
-        same = (
-            "content-length",
-            "etag",
-            "repr-digest",
-            "content-disposition",
-            "content-type",
-            "accept-ranges",
-        )
-        assert [head.headers[name] for name in same] == [get.headers[name] for name in same]
-
-
 def test_a_download_that_broke_off_goes_on(client: httpx.Client, job_id: str):
     url = f"/v1/jobs/{job_id}/adapter"
     first = client.get(url, headers={"Range": "bytes=0-4095"})
@@ -166,12 +152,28 @@ def test_what_is_not_there_is_told_with_what_is(client: httpx.Client, service: R
     assert "cancelled before its first export" in told
 
 
-def test_bytes_lost_from_storage_are_a_fault_of_the_server(client: httpx.Client, service: Running):
+def test_bytes_lost_from_storage_are_named_and_logged(
+    client: httpx.Client, service: Running, caplog: pytest.LogCaptureFixture
+):
     job_id = make_exports(client, service)
-    stored = service.settings.data_dir / "storage" / "jobs" / job_id
-    for path in stored.rglob("export.tar"):
-        path.unlink()
-    document = problem(client.get(f"/v1/jobs/{job_id}/adapter"), 500, "internal_error")
-    assert document["request_id"] in document["detail"]
-    assert document["error"]["type"] == "server_error"
-    assert str(service.settings.data_dir) not in str(document)
+    file_id = upload(client)
+    log = {"engine.log": b"last words\n"}
+    fence = service.claim(make_job(client)["id"])
+    service.store_files(fence, "log", 0, log)
+    shutil.rmtree(service.settings.data_dir / "storage" / "jobs")
+    shutil.rmtree(service.settings.data_dir / "storage" / "files")
+    for path, name in (
+        (f"/v1/jobs/{job_id}/adapter", "export.tar"),
+        (f"/v1/jobs/{job_id}/checkpoints/8/files/adapter_config.json", "adapter_config.json"),
+        (f"/v1/jobs/{fence.job_id}/logs", "engine.log"),
+        (f"/v1/files/{file_id}/content", "prompts.jsonl"),
+    ):
+        caplog.clear()
+        answer = client.get(path)
+        document = problem(answer, 503, "content_lost")
+        assert f"content of '{name}' is missing" in document["detail"]
+        assert answer.headers["x-should-retry"] == "false"
+        assert document["error"]["type"] == "server_error"
+        assert str(service.settings.data_dir) not in answer.text
+        [record] = [record for record in caplog.records if record.levelno == logging.ERROR]
+        assert f"/{name} is not in storage" in record.message

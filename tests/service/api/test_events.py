@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from service.store import transitions
-from tests.service.api.running import Running, issue_at, make_job, problem, said
+from tests.service.api.running import DEADLINE, Running, issue_at, make_job, problem, said
 from tests.worker.waiting import until
 
 STREAM = {"Accept": "text/event-stream"}
@@ -110,15 +110,49 @@ def test_a_stream_goes_on_after_the_last_event_one_has(client: httpx.Client, ser
     assert ids(heard({"Last-Event-ID": "1100"})) == list(range(1101, last + 1))
     assert ids(heard({}, after=1200)) == [1201, 1202]
     assert ids(heard({"Last-Event-ID": "1201"}, after=5)) == [1202]  # a browser reconnects to the same URL
-    assert heard({"Last-Event-ID": str(last)}) == []
-    assert heard({"Last-Event-ID": "999999"}) == []
+    assert ids(heard({"Last-Event-ID": ""}, after=1200)) == [1201, 1202]  # the id of nothing
     assert [frame["event"] for frame in heard({}, type="state")] == ["state"] * 3
 
 
-@pytest.mark.parametrize("value", ["x", "-1", "1.5", "99999999999999999999"])
+def test_a_stream_that_is_at_its_end_is_not_asked_for_again(
+    client: httpx.Client, service: Running, job_id: str
+):
+    fence = service.claim(job_id)
+    service.say(fence, said("metrics", 1))
+    url = f"/v1/jobs/{job_id}/events"
+
+    def status(headers: dict[str, str], **query: Any) -> int:
+        with client.stream("GET", url, headers=STREAM | headers, params=query) as answer:
+            return answer.status_code
+
+    assert status({"Last-Event-ID": "3"}) == 200  # the job goes on
+    service.settle(transitions.succeed, fence)
+    assert status({"Last-Event-ID": "3"}) == 200
+    # A browser goes on asking after 200, and stops at 204.
+    assert status({"Last-Event-ID": "4"}) == status({}, after=4) == 204
+    assert status({"Last-Event-ID": "3"}, type="metrics") == 204
+    assert client.get(f"{url}?after=4").json()["data"] == []
+
+
+def test_an_event_that_has_not_happened_is_not_waited_behind(
+    client: httpx.Client, service: Running, job_id: str
+):
+    url = f"/v1/jobs/{job_id}/events"
+    answer = client.get(url, headers=STREAM | {"Last-Event-ID": "2"})
+    assert '"2" given; the newest event of this job is 1' in issue_at(answer, "Last-Event-ID")
+    answer = client.get(url, headers=STREAM, params={"after": 7})
+    assert "the newest event of this job is 1" in issue_at(answer, "after")
+    service.settle(transitions.succeed, service.claim(job_id))
+    answer = client.get(url, headers=STREAM | {"Last-Event-ID": "4"})
+    assert "the newest event of this job is 3" in issue_at(answer, "Last-Event-ID")
+
+
+@pytest.mark.parametrize("value", ["x", "-1", "1.5", "1.0", "+1", "1e0", "99999999999999999999"])
 def test_a_last_event_id_that_is_no_number(client: httpx.Client, job_id: str, value: str):
-    answer = client.get(f"/v1/jobs/{job_id}/events", headers=STREAM | {"Last-Event-ID": value})
+    url = f"/v1/jobs/{job_id}/events"
+    answer = client.get(url, headers=STREAM | {"Last-Event-ID": value})
     assert f'"{value}" given' in issue_at(answer, "Last-Event-ID")
+    assert client.get(url, headers={"Last-Event-ID": value}).status_code == 200  # pages do not use it
 
 
 def test_a_stream_ends_when_its_job_is_deleted(client: httpx.Client, service: Running, job_id: str):
@@ -156,14 +190,14 @@ def test_many_streams_of_several_jobs(client: httpx.Client, service: Running):
     ]
     for thread in threads:
         thread.start()
-    open_streams.wait(30)
+    open_streams.wait(DEADLINE)
     assert service.listeners >= STREAMS
     assert client.get(f"/v1/jobs/{jobs[0]}").json()["state"] == "running"
     for number, (job_id, fence) in enumerate(fences.items()):
         service.say(fence, *[said("metrics", update, {"of": job_id}) for update in range(1, 4 + number)])
         service.settle(transitions.succeed, fence)
     for thread in threads:
-        thread.join(30)
+        thread.join(DEADLINE)
     for number in range(STREAMS):
         job_id = jobs[number % 3]
         assert ids(heard[number]) == list(range(1, 7 + number % 3))
@@ -219,18 +253,51 @@ def test_metrics_as_csv(client: httpx.Client, measured: str):
     assert answer.headers["content-type"] == "text/csv; charset=utf-8"
     rows = list(csv.reader(io.StringIO(answer.text, newline="")))
     assert rows == [
-        ["update", "kl", "a,b", "late"],
-        ["1", "0.1", "1", ""],
-        ["2", "0.2", "1", ""],
-        ["3", "NaN", "", ""],
-        ["4", "0.4", "", "1"],
-        ["5", "0.5", "", ""],
+        ["update", "kl", "a,b"],
+        ["1", "0.1", "1"],
+        ["2", "0.2", "1"],
+        ["3", "NaN", ""],
+        ["4", "0.4", ""],
+        ["5", "0.5", ""],
     ]
     part = client.get(f"/v1/jobs/{measured}/metrics?names=kl&limit=4", headers={"Accept": "text/csv"})
     assert part.text.splitlines()[0] == "update,kl"
     following = client.get(part.links["next"]["url"], headers={"Accept": "text/csv"})
     assert following.text == "update,kl\r\n5,0.5\r\n"
     assert "next" not in following.links
+
+
+@pytest.mark.parametrize(
+    ("query", "header"),
+    [
+        ("", ["update", "kl", "a,b"]),
+        ("names=late,kl", ["update", "late", "kl"]),
+        ("names=kl&names=unknown&names=late", ["update", "kl", "unknown", "late"]),
+        ("names=kl&names=kl,late,kl", ["update", "kl", "late"]),
+    ],
+)
+def test_parts_of_a_csv_fit_together(client: httpx.Client, measured: str, query: str, header: list[str]):
+    """Whichever metrics the updates of a part have."""
+    url, rows = f"/v1/jobs/{measured}/metrics?limit=2&{query}", []
+    while url:
+        answer = client.get(url, headers={"Accept": "text/csv"})
+        part = list(csv.reader(io.StringIO(answer.text, newline="")))
+        assert part[0] == header
+        rows += [dict(zip(header, row, strict=True)) for row in part[1:]]
+        url = answer.links.get("next", {}).get("url", "")
+    assert [row["update"] for row in rows] == ["1", "2", "3", "4", "5"]
+    assert [row["kl"] for row in rows] == ["0.1", "0.2", "NaN", "0.4", "0.5"]
+    assert [row["late"] for row in rows if "late" in row] == ["", "", "", "1", ""] * ("late" in header)
+    assert {row["unknown"] for row in rows if "unknown" in row} <= {""}
+
+
+def test_a_csv_of_nothing_yet(client: httpx.Client, job_id: str):
+    answer = client.get(f"/v1/jobs/{job_id}/metrics", headers={"Accept": "text/csv"})
+    assert answer.text == "update\r\n"
+
+
+def test_a_part_is_small_enough_for_others_to_be_served(client: httpx.Client, job_id: str):
+    assert "1000" in issue_at(client.get(f"/v1/jobs/{job_id}/metrics?limit=1001"), "limit")
 
 
 # Samples and logs ------------------------------------------------------------------------------------------
@@ -254,4 +321,14 @@ def test_the_tail_of_the_log(client: httpx.Client, service: Running, job_id: str
     assert answer.headers["content-type"] == "text/plain; charset=utf-8"
     assert answer.text == "first ü\nsecond\nthird\n"
     assert client.get(url, params={"tail": 9}).text == "third\n"
+    assert client.get(url, params={"tail": 6}).text == "third\n"
+    assert client.get(url, params={"tail": 3}).text == "rd\n"  # a cut line is more than nothing
     assert "given" in issue_at(client.get(url, params={"tail": 0}), "tail")
+
+
+@pytest.mark.parametrize(("tail", "text"), [(4, "üll"), (3, "ll"), (2, "ll"), (1, "l")])
+def test_the_tail_of_a_log_of_one_line(
+    client: httpx.Client, service: Running, job_id: str, tail: int, text: str
+):
+    service.store_files(service.claim(job_id), "log", 0, {"engine.log": "half a line: üll".encode()})
+    assert client.get(f"/v1/jobs/{job_id}/logs", params={"tail": tail}).text == text

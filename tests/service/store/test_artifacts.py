@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from sqlalchemy import event
 
 from ppo_engine.run_dir import ManifestFile
 from service.store import artifacts, transitions
-from service.store.models import ArtifactKind
+from service.store.models import Artifact, ArtifactKind
 from service.store.session import Store
 from service.store.transitions import Fence
 from tests.service.store.making import claim, history, running
@@ -37,9 +38,9 @@ async def test_an_artifact_comes_with_its_event(store: Store, project: str):
     assert found.key_prefix == f"jobs/{fence.job_id}/a1/update-3/export/"
     assert found.files == [file.model_dump() for file in FILES]
     assert found.metrics == {"reward": "NaN"}
-    event = (await history(store, fence.job_id))[-1]
-    assert (event.type, event.key, event.update) == ("artifact", "artifact:export:a1:3", 3)
-    assert event.data == {"kind": "export", "update": 3, "bytes": 2**33 + 100}
+    said = (await history(store, fence.job_id))[-1]
+    assert (said.type, said.key, said.update) == ("artifact", "artifact:export:a1:3", 3)
+    assert said.data == {"kind": "export", "update": 3, "bytes": 2**33 + 100}
 
 
 async def test_recorded_again_it_is_replaced_without_a_word(store: Store, project: str):
@@ -66,7 +67,7 @@ async def test_of_each_update_the_newest_attempt_is_listed(store: Store, project
     await record(store, second, "export", 30)
     await record(store, second, "export", 40)
     async with store.read() as session:
-        listed = await artifacts.list_artifacts(session, project, first.job_id, "export")
+        listed = (await artifacts.page(session, project, first.job_id, "export")).data
         latest = await artifacts.latest(session, project, first.job_id, "export")
         at_30 = await artifacts.get(session, project, first.job_id, "export", 30)
         nowhere = await artifacts.get(session, project, first.job_id, "export", 11)
@@ -74,6 +75,28 @@ async def test_of_each_update_the_newest_attempt_is_listed(store: Store, project
     assert latest is not None
     assert at_30 is not None
     assert (latest.update, at_30.attempt, nowhere) == (40, 2, None)
+
+
+async def test_pages_load_no_more_than_they_show(store: Store, project: str):
+    fence = await running(store, project)
+    for update in range(10):
+        await record(store, fence, "export", update)
+    async with store.write() as session:
+        await transitions.requeue(session, fence, "lost", spend_attempt=True)
+    fence = (await claim(store, "w2")).fence
+    for update in (3, 5, 9):
+        await record(store, fence, "export", update)
+    loaded: list[Artifact] = []
+    seen, after, has_more = [], -1, True
+    while has_more:
+        loaded.clear()
+        async with store.read() as session:
+            event.listen(session.sync_session, "loaded_as_persistent", lambda _, row: loaded.append(row))
+            page = await artifacts.page(session, project, fence.job_id, "export", after, limit=3)
+        assert len(loaded) <= 4  # one more tells whether there are more
+        seen += [(found.update, found.attempt) for found in page.data]
+        after, has_more = seen[-1][0], page.has_more
+    assert seen == [(update, 2 if update in (3, 5, 9) else 1) for update in range(10)]
 
 
 async def test_what_is_old_is_forgotten_by_kind(store: Store, project: str):
@@ -85,8 +108,8 @@ async def test_what_is_old_is_forgotten_by_kind(store: Store, project: str):
         old = await artifacts.forget_older(session, fence, "checkpoint", keep=2)
     assert [artifact.key_prefix for artifact in old] == [f"jobs/{fence.job_id}/a1/update-10/checkpoint/"]
     async with store.read() as session:
-        kept = await artifacts.list_artifacts(session, project, fence.job_id, "checkpoint")
-        exports = await artifacts.list_artifacts(session, project, fence.job_id, "export")
+        kept = (await artifacts.page(session, project, fence.job_id, "checkpoint")).data
+        exports = (await artifacts.page(session, project, fence.job_id, "export")).data
     assert [artifact.update for artifact in kept] == [20, 30]
     assert len(exports) == 3
 
@@ -95,6 +118,6 @@ async def test_a_stranger_sees_none(store: Store, project: str, stranger: str):
     fence = await running(store, project)
     await record(store, fence, "export", 1)
     async with store.read() as session:
-        assert await artifacts.list_artifacts(session, stranger, fence.job_id, "export") == []
+        assert (await artifacts.page(session, stranger, fence.job_id, "export")).data == []
         assert await artifacts.latest(session, stranger, fence.job_id, "export") is None
         assert await artifacts.get(session, stranger, fence.job_id, "export", 1) is None

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
+
 import pytest
 from sqlalchemy import func, select
+from sqlalchemy.ext.asyncio import AsyncSession
 
 from service.errors import NotFound, UnknownCursor, WrongState
-from service.store import jobs, transitions
+from service.store import artifacts, jobs, transitions
 from service.store.models import Artifact, Base, Event, Job, JobFile
 from service.store.session import Store
-from tests.service.store.making import claim, make_job, running, said
+from service.store.transitions import FenceLost
+from tests.service.store.making import OVER, claim, make_job, running, said
 from tests.service.store.test_artifacts import record
 
 pytestmark = pytest.mark.anyio
@@ -64,7 +68,16 @@ async def test_a_list_of_one_state_goes_on_behind_a_job_that_left_it(store: Stor
     assert ([job.id for job in rest.data], rest.has_more) == (made[1:], False)
 
 
-@pytest.mark.parametrize("cursor", ["theirs", "job_none", "", "file_01", "\0"])
+async def test_a_list_goes_on_behind_a_job_that_is_gone(store: Store, project: str):
+    made = [await make_job(store, project) for _ in range(3)]
+    async with store.write() as session:
+        await jobs.set_wanted(session, project, made[1], "cancel")
+        await jobs.delete_job(session, project, made[1])
+        rest = await jobs.list_jobs(session, project, after=made[1])
+    assert [job.id for job in rest.data] == made[:1]
+
+
+@pytest.mark.parametrize("cursor", ["theirs", "job_none", "", f"file_{'0' * 32}", f"job_{'0' * 31}é", "\0"])
 async def test_a_cursor_of_another_list_is_refused_by_name(
     store: Store, project: str, stranger: str, cursor: str
 ):
@@ -98,6 +111,32 @@ async def test_a_job_is_deleted_with_all_that_hangs_on_it(store: Store, project:
         await transitions.succeed(session, fence)
     async with store.write() as session:
         await jobs.delete_job(session, project, fence.job_id)
+    async with store.read() as session:
+        tables: list[type[Base]] = [Job, Event, Artifact, JobFile]
+        for table in tables:
+            assert await session.scalar(select(func.count()).select_from(table)) == 0
+
+
+async def test_a_late_worker_of_a_deleted_job_writes_nothing(store: Store, project: str):
+    late = await running(store, project, lease=OVER)
+    async with store.write() as session:
+        await transitions.expire_leases(session)
+        await jobs.set_wanted(session, project, late.job_id, "cancel")
+        await jobs.delete_job(session, project, late.job_id)
+    attempts: list[Callable[[AsyncSession], Awaitable[object]]] = [
+        lambda session: transitions.beat(session, late, [said(1)]),
+        lambda session: transitions.set_plan(session, late, {}, 1),
+        lambda session: transitions.warn(session, late, "code", "message"),
+        lambda session: transitions.succeed(session, late),
+        lambda session: transitions.fail(session, late, "crash", "It broke."),
+        lambda session: transitions.requeue(session, late, "lost", True),
+        lambda session: artifacts.record(session, late, "export", 1, [], "jobs/a/"),
+        lambda session: artifacts.forget_older(session, late, "export", 0),
+    ]
+    for attempt in attempts:
+        async with store.write() as session:
+            with pytest.raises(FenceLost):
+                await attempt(session)
     async with store.read() as session:
         tables: list[type[Base]] = [Job, Event, Artifact, JobFile]
         for table in tables:

@@ -16,7 +16,7 @@ from tests.service.store.test_transitions_model import ARROWS
 pytestmark = pytest.mark.anyio
 
 PROCESSES = 4
-LIMIT_SECONDS = 120
+LIMIT_SECONDS = 300
 
 # Each process is forked from a server that has imported what it needs, and has no threads or connections.
 context = multiprocessing.get_context("forkserver")

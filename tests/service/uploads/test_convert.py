@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import subprocess
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from service.strict_json import MAX_DEPTH
 from service.uploads.convert import MAX_ISSUES, Canonical, convert
 from service.uploads.lines import MAX_LINE_BYTES, BadFile
 
@@ -147,12 +150,11 @@ def test_a_bad_row_is_named_by_line_value_and_rule(row: object, loc: tuple[str |
     ("line", "words"),
     [
         (b'{"prompt" "a"}\n', ["not JSON", "column 11", "JSON object"]),
-        (b'{"prompt": "a", "x": NaN}\n', ["NaN given", "null"]),
         (b'{"prompt": "a", "x": 1e999}\n', ["NaN or infinite", "null"]),
         (b'{"prompt": "\\ud800"}\n', ["\\ud800 given", "surrogate"]),
         (b'{"prompt": "caf\xe9"}\n', ["0xE9", "position 16", "UTF-8"]),
-        (b"[" * 100_000 + b"\n", ["nested too deeply"]),
-        (b'{"prompt": ' + b"9" * 5000 + b"}\n", ["not JSON"]),
+        (b"[" * 100_000 + b"\n", ["nested more than 64 deep", "flatten"]),
+        (b'{"prompt": ' + b"9" * 5000 + b"}\n", ["thousands of digits", "shorten"]),
         (b'{"prompt":"' + b"a" * MAX_LINE_BYTES + b'"}\n', ["more than 1048576 bytes", "shorten"]),
         (b'{"prompt": "cut o', ["ends in the middle", "cut off", "upload it whole"]),
     ],
@@ -162,6 +164,39 @@ def test_an_unreadable_line(line: bytes, words: list[str]):
     assert loc == ("file", 2)
     for word in words:
         assert word in msg
+
+
+@pytest.mark.parametrize(
+    ("line", "where", "words"),
+    [
+        (b'{"prompt": "a", "prompt": "b"}', ("prompt",), ['"prompt" given 2 times', "keep one"]),
+        (b'{"prompt": "a", "x": [{"k": 1, "k": 2, "k": 3}]}', ("x", 0, "k"), ['"k" given 3 times']),
+        (b'{"prompt": "a", "x": NaN}', ("x",), ["NaN given", "null"]),
+    ],
+)
+def test_a_row_that_readers_would_not_agree_on(line: bytes, where: tuple[str | int, ...], words: list[str]):
+    [(loc, msg)] = refusal(line, "p.jsonl")
+    assert loc == ("file", 1, *where)
+    for word in words:
+        assert word in msg
+
+
+def nested(depth: int) -> str:
+    return "[" * depth + "]" * depth
+
+
+@pytest.mark.parametrize("place", ["prompt", "messages", "input_ids", "further"])
+def test_rows_of_every_depth_are_taken_or_refused(place: str):
+    for depth in (*range(1, 70), *range(70, 900, 83), *range(900, 1101, 3)):
+        content = f'{{"prompt": "a", "{place}": {nested(depth)}}}'
+        if place == "further" and depth < MAX_DEPTH:  # the row is one level by itself
+            assert converted(content.encode(), "p.jsonl")[0].rows == 1
+        else:
+            assert refusal(content.replace("prompt", "_", 1).encode(), "p.jsonl")
+        table = f'messages\n"{nested(depth)}"\n'.encode()
+        [(loc, msg)] = refusal(table, "p.csv")
+        assert loc[:3] == ("file", 2, "messages")
+        assert ("nested more than 64 deep" in msg) == (depth > MAX_DEPTH)
 
 
 def test_reading_goes_on_after_a_line_that_is_too_long():
@@ -186,7 +221,7 @@ def test_the_first_bad_lines_are_named_and_no_more():
         (b"{}", "p.txt", ['"p.txt"', ".jsonl", ".parquet"]),
         (b"{}", "jsonl", ['"jsonl"', "must end in"]),
         (parquet(ROWS)[:-9], "p.parquet", ["ends with PAR1", "cut off"]),
-        (b"PAR1 no parquet PAR1", "p.parquet", ["no readable Parquet file"]),
+        (b"PAR1 no parquet PAR1", "p.parquet", ["cannot be read after row 0", "write it again"]),
         (b"{}aaaaaaa", "p.parquet", ["begins with PAR1"]),
         (parquet([{"text": "a"}]), "p.parquet", ['["text"] given', "prompt"]),
         (parquet([{"prompt": "a", "b": b"\x00"}]), "p.parquet", ['"b"', "binary", "no form in JSON"]),
@@ -210,6 +245,32 @@ def test_a_file_that_is_no_prompt_file(content: bytes, filename: str, words: lis
         assert word in msg
 
 
+@pytest.mark.parametrize(
+    ("content", "filename", "lines", "words"),
+    [
+        (b'prompt,b\n"",1\nb,2\nc\xe9,3\n', "p.csv", [2, 4], "0xE9"),
+        (b'prompt,b\n"",1\nb,2\n"c', "p.csv", [2, 4], "not closed"),
+        (b'prompt,b\n"",1\nb,2\n"c"d,3\n', "p.csv", [2, 4], "not CSV"),
+    ],
+)
+def test_bad_lines_are_told_even_where_the_file_breaks_off_behind_them(
+    content: bytes, filename: str, lines: list[int], words: str
+):
+    found = refusal(content, filename)
+    assert [loc[1] for loc, _ in found] == lines
+    assert [msg.split(":")[0] for _, msg in found] == [f"Line {line}" for line in lines]
+    assert words in found[-1][1]
+
+
+def test_bad_rows_are_told_even_where_a_parquet_file_is_damaged_behind_them():
+    rows = [{"prompt": ""}] + [{"prompt": f"{number:05}"} for number in range(5000)]
+    whole = parquet(rows, row_group_size=2500, compression="none", use_dictionary=False)
+    middle = len(whole) * 3 // 4
+    first, last = refusal(whole[:middle] + bytes(2000) + whole[middle + 2000 :], "p.parquet")
+    assert first[0] == ("file", 1, "prompt")
+    assert "cannot be read after row" in last[1]
+
+
 def test_csv_row_with_too_few_fields_is_named():
     assert [(loc, msg[:29]) for loc, msg in refusal(b"prompt,b\na,b\nc\n", "p.csv")] == [
         (("file", 3), "Line 3: 1 fields given where ")
@@ -228,12 +289,119 @@ def test_parquet_nan_is_named_by_its_row():
     assert "NaN" in msg
 
 
-def test_a_small_parquet_file_that_unpacks_to_a_huge_one_is_refused_before_it_is_unpacked():
+def test_a_row_group_that_declares_too_much_is_refused_before_it_is_unpacked():
     bomb = parquet([{"prompt": "a" * 3_000_000}] * 10, use_dictionary=False, compression="zstd")
     assert len(bomb) < 50_000
     [(_, msg)] = refusal(bomb, "p.parquet")
     assert "values of" in msg
     assert "are the most" in msg
+
+
+def named_again(value: str, times: int) -> pa.Array:
+    """One value, stored once."""
+    return pa.DictionaryArray.from_arrays(pa.array([0] * times, pa.int32()), pa.array([value]))
+
+
+def one_list(values: pa.Array) -> pa.Array:
+    return pa.ListArray.from_arrays(pa.array([0, len(values)], pa.int32()), values)
+
+
+BIG = "a" * 900_000
+BOMBS = {
+    "a value named a thousand times by one row": (
+        {"prompt": pa.array(["a"]), "x": one_list(named_again(BIG, 1000))},
+        "a row of 900003",
+    ),
+    "a value named by every row, in every column": (
+        {"prompt": pa.array(["a"] * 64), **{f"x{n}": named_again(BIG, 64) for n in range(60)}},
+        "a row of 54000",
+    ),
+    "a long name in each of a thousand structs": (
+        {
+            "prompt": pa.array(["a"]),
+            "x": one_list(pa.StructArray.from_arrays([pa.nulls(1000, pa.int8())], [BIG])),
+        },
+        "a row of 9000",
+    ),
+    "a number fifteen million times in one row": (
+        {"prompt": pa.array(["a"]), "x": one_list(pa.repeat(pa.scalar(1, pa.int8()), 15_000_000))},
+        "a row of 30000",
+    ),
+    "a number twenty million times": (
+        {"prompt": pa.array(["a"]), "x": one_list(pa.repeat(pa.scalar(1, pa.int8()), 20_000_000))},
+        "20000000 values in lists given",
+    ),
+}
+MEASURE = """
+import io, resource, sys
+from service.uploads.convert import convert
+from service.uploads.lines import BadFile
+
+resource.setrlimit(resource.RLIMIT_AS, (2**32, 2**32))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+try:
+    convert(io.BytesIO(sys.stdin.buffer.read()), "p.parquet", io.BytesIO(), 2**30)
+except BadFile as error:
+    print(error.issues[0].msg)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_small_parquet_file_that_unpacks_to_a_huge_one_takes_no_memory(name: str):
+    columns, expected = BOMBS[name]
+    target = io.BytesIO()
+    pq.write_table(pa.table(columns), target, compression="zstd", store_schema=False)
+    bomb = target.getvalue()
+    assert len(bomb) < 4_000_000
+    run = subprocess.run([sys.executable, "-c", MEASURE], input=bomb, capture_output=True, check=True)
+    msg, megabytes = run.stdout.decode().splitlines()
+    assert expected in msg
+    assert "are the most" in msg
+    # A file of text within all limits may take as much as its row groups: this is far below one bomb.
+    assert int(megabytes) < 400
+
+
+def test_parquet_text_is_read_whatever_way_it_is_stored():
+    rows = [
+        {
+            "prompt": f"p{n % 7}",
+            "many": [f"{n}-{i}" for i in range(n % 5)],
+            "inner": {"a": f"v{n}", "n": n, "q": None if n % 3 else [f"w{n % 4}"]},
+        }
+        for n in range(3000)
+    ]
+    for stored in (
+        {},
+        {"use_dictionary": False},
+        {"dictionary_pagesize_limit": 500, "data_page_size": 300, "row_group_size": 900},
+        {"data_page_version": "2.0"},
+    ):
+        assert converted(parquet(rows, **stored), "p.parquet")[1] == rows
+
+
+def test_parquet_rows_are_as_long_as_lines_may_be():
+    long = "a" * (MAX_LINE_BYTES - 100)
+    assert converted(parquet([{"prompt": long}] * 4), "p.parquet")[0].rows == 4
+    [(loc, msg), *_] = refusal(
+        parquet([{"prompt": "a", "x": ""}, {"prompt": long, "x": "a" * 200}]), "p.parquet"
+    )
+    assert loc == ("file", 2)
+    assert msg.startswith("Line 2: a row of ")
+
+
+def test_text_of_parquet_that_is_not_utf8_is_named_by_its_row():
+    plain = parquet([{"prompt": f"caf{n}"} for n in range(8)], use_dictionary=False, compression="none")
+    [(loc, msg)] = refusal(plain.replace(b"caf5", b"ca\xff5"), "p.parquet")
+    assert loc == ("file", 6)
+    assert "not UTF-8" in msg
+
+
+def test_encodings_that_repeat_text_without_a_dictionary_are_refused():
+    encoded = parquet([{"prompt": "a"}], use_dictionary=False, column_encoding={"prompt": "DELTA_BYTE_ARRAY"})
+    [(_, msg)] = refusal(encoded, "p.parquet")
+    assert '"DELTA_BYTE_ARRAY"' in msg
+    assert "write it with a dictionary, or plain" in msg
 
 
 def test_rows_that_grow_beyond_the_limit_are_refused():
