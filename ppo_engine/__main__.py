@@ -1,7 +1,7 @@
 """`python -m ppo_engine RUN_DIR [--attempt N]`: turn a run directory into a trained policy.
 
-However it ends, short of being killed, `result.json` says how. The exit status is 0 unless the run failed,
-and nobody relies on it: launchers swallow it.
+However it ends, short of being killed, `result.json` says how; of several processes, the first one to fail
+says why. The exit status is 0 unless the run failed, and nobody relies on it: launchers swallow it.
 """
 
 from __future__ import annotations
@@ -37,10 +37,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(run_dir: RunDir, attempt: int, watch: Watch) -> Result:
     try:
-        spec = run_dir.read_spec()
+        return _train(run_dir, run_dir.read_spec(), attempt, watch)
     except SpecError as error:
         return _failed("spec", error, watch)
-    return _train(run_dir, spec, attempt, watch)
+    except KeyboardInterrupt:
+        message = f"Interrupted in update {watch.progress + 1}; the last checkpoint stands."
+        return Result(outcome="stopped", reason="sigterm", update=watch.progress, message=message)
+    except (Exception, SystemExit) as error:  # whatever it is, the worker must learn of it
+        return _failed("crash", error, watch)
 
 
 def _train(run_dir: RunDir, spec: RunSpec, attempt: int, watch: Watch) -> Result:
@@ -54,7 +58,7 @@ def _train(run_dir: RunDir, spec: RunSpec, attempt: int, watch: Watch) -> Result
 
     try:
         return run(run_dir, spec, attempt, watch)
-    except (SpecError, CheckpointMismatch) as error:
+    except CheckpointMismatch as error:
         return _failed("spec", error, watch)
     except RewardError as error:
         return _failed("reward", error, watch)
@@ -62,8 +66,6 @@ def _train(run_dir: RunDir, spec: RunSpec, attempt: int, watch: Watch) -> Result
         return _failed("nan", error, watch)
     except (torch.OutOfMemoryError, MemoryError) as error:
         return _failed("oom", error, watch)
-    except Exception as error:  # whatever it is, the worker must learn of it, and the log has the trace
-        return _failed("crash", error, watch)
 
 
 def _failed(reason: Reason, error: BaseException, watch: Watch) -> Result:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ppo_engine.losses import entropy
@@ -53,7 +54,7 @@ def response_slots(prompt_lengths_B: Tensor, response_lengths_B: Tensor, width: 
 
 
 class ValueHead(nn.Linear):
-    """A linear map from hidden state to value that starts at zero and computes in fp32."""
+    """A linear map from hidden state to value that starts at zero and computes in fp32, whatever it holds."""
 
     def __init__(self, width: int) -> None:
         super().__init__(width, 1)
@@ -62,7 +63,7 @@ class ValueHead(nn.Linear):
 
     def forward(self, hidden_ND: Tensor) -> Tensor:
         with torch.autocast(hidden_ND.device.type, enabled=False):
-            return super().forward(hidden_ND.float()).squeeze(-1)
+            return F.linear(hidden_ND.float(), self.weight.float(), self.bias.float()).squeeze(-1)
 
 
 class ActorCritic(nn.Module):

@@ -59,11 +59,16 @@ def token_rewards(
     Ziegler et al. 2019 (arXiv 1909.08593), equation 2. dense_scores_BR: a score per token, added where it
     stands. The last token is the last one within the mask; a row without any gets no reward.
     """
-    rewards_BR = -kl_coef * _wide(kl_BR)
+    rewards_BR = kl_rewards(kl_BR, kl_coef)
     if dense_scores_BR is not None:
         rewards_BR = rewards_BR + _wide(dense_scores_BR)
     scored_BR = rewards_BR + _wide(scores_B)[:, None]
     return _within(mask_BR, torch.where(_last_token(mask_BR), scored_BR, rewards_BR))
+
+
+def kl_rewards(kl_BR: Tensor, kl_coef: float) -> Tensor:
+    """-kl_coef * KL_t; with a coefficient of 0 it is 0, also where an estimate has overflowed."""
+    return -kl_coef * _wide(kl_BR) if kl_coef else torch.zeros_like(_wide(kl_BR))
 
 
 def _last_token(mask_BR: Tensor) -> Tensor:

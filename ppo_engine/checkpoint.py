@@ -49,9 +49,10 @@ def write(
 ) -> None:
     """Make a directory with a manifest out of what `fill` writes into it; every process calls this.
 
-    Until the last moment it has another name, so a crash leaves nothing that could be taken for whole.
+    Until the last moment it has another name, so a crash leaves nothing that could be taken for whole; that
+    one begins with what Trainer does not push to the hub.
     """
-    partial = directory.with_name(f".{directory.name}.partial")
+    partial = directory.with_name(f"_{directory.name}.partial")
     if parallel.is_main:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -69,10 +70,10 @@ def write(
     parallel.barrier()
 
 
-def newest_whole(parent: Path, warn: Callable[[str], None]) -> Path | None:
+def newest_whole(parent: Path, warn: Callable[[str], None], prefix: str = "update") -> Path | None:
     """The newest checkpoint whose files are those of its manifest; `warn` hears of each one passed over."""
-    for update in reversed(complete_updates(parent)):
-        directory = parent / f"update-{update}"
+    for update in reversed(complete_updates(parent, prefix)):
+        directory = parent / f"{prefix}-{update}"
         manifest = read_manifest(directory)
         wrong = "its manifest is gone" if manifest is None else damage(directory, manifest)
         if wrong is None:

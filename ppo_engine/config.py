@@ -8,16 +8,26 @@ This module knows no models and no data.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from pydantic import ValidationError
-from transformers import TrainingArguments
+from transformers import SchedulerType, TrainingArguments
+from transformers.training_args import OptimizerNames
 
 from ppo_engine.facts import Facts, ModelFacts
 from ppo_engine.parallel import before_processes_meet
-from ppo_engine.plan import Schedule, check, check_batches, check_lengths, schedule
+from ppo_engine.plan import (
+    Schedule,
+    check,
+    check_batches,
+    check_lengths,
+    check_policy,
+    check_targets,
+    schedule,
+)
 from ppo_engine.spec import (
     Hyperparameters,
     Issue,
@@ -40,14 +50,15 @@ class PPOConfig(TrainingArguments):
 
     Raises:
         SpecError: a value is out of range, fields contradict each other, a derived size is given that differs
-            from the derived one, or an inherited argument is given that PPO does not honour.
+            from the derived one, or an inherited argument, or a value of one, is given that PPO does not
+            honour.
     """
 
     learning_rate: float = _option(3e-6, "Peak learning rate of AdamW.")
     logging_steps: float = _option(10, "Updates between two logs; below 1: a share of the run.")
     gradient_checkpointing: bool | None = _option(True, "Recompute activations in the backward pass.")
     bf16: bool | None = _option(None, "bf16 mixed precision. Not given: on, unless fp16 is.")  # type: ignore[assignment]
-    dataset_num_proc: int | None = _option(None, "Processes that prepare the data set.")
+    dataset_num_proc: int | None = _option(None, "For scripts: processes that prepare the data set.")
     num_mini_batches: int = _option(1, "Mini-batches a batch is cut into: optimizer steps per epoch.")
     total_episodes: int | None = _option(None, "Responses of the whole run; else num_train_epochs passes.")
     local_rollout_forward_batch_size: int = _option(64, "Rows sampled and scored at a time, per process.")
@@ -67,7 +78,7 @@ class PPOConfig(TrainingArguments):
     batch_size: int | None = _option(None, "Rows of a batch over all processes; derived.")
     local_mini_batch_size: int | None = _option(None, "Rows of a mini-batch per process; derived.")
     mini_batch_size: int | None = _option(None, "Rows of a mini-batch over all processes; derived.")
-    push_to_hub: bool = _option(False, "Push the policy to the hub after training.")
+    push_to_hub: bool = _option(False, "Push the policy to the hub, as hub_strategy says.")
     reward_model_path: str = _option("EleutherAI/pythia-160m", "For scripts: the reward model.")
     model_adapter_name: str | None = _option(None, "The adapter that is trained, where there are several.")
     ref_adapter_name: str | None = _option(None, "The adapter that is the reference.")
@@ -94,7 +105,8 @@ class PPOConfig(TrainingArguments):
             self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs
         before_processes_meet()
         super().__post_init__()  # type: ignore[no-untyped-call]
-        issues = [*refused_arguments(self), *check_hyperparameters(hyperparameters(self))]
+        issues = [*refused_arguments(self), *refused_values(self)]
+        issues += check_hyperparameters(hyperparameters(self))
         if issues:
             raise SpecError(issues)
 
@@ -144,8 +156,12 @@ def hyperparameters(args: PPOConfig) -> Hyperparameters:
         raise SpecError(issues_of(error, given)) from None
 
 
-def check_args(args: PPOConfig, prompts: int, model: ModelFacts) -> tuple[Hyperparameters, Schedule]:
+def check_args(
+    args: PPOConfig, prompts: int, model: ModelFacts, target_modules: Iterable[str] | str | None = None
+) -> tuple[Hyperparameters, Schedule]:
     """The hyperparameters and the derived sizes of a script's arguments, for a number of prompts and a model.
+
+    target_modules: of a new adapter, where there is one.
 
     Raises:
         SpecError: they break a rule, or a derived size is given that differs.
@@ -157,6 +173,8 @@ def check_args(args: PPOConfig, prompts: int, model: ModelFacts) -> tuple[Hyperp
         *check_hyperparameters(ppo),
         *check_batches(ppo, world_size, prompts),
         *check_lengths(ppo, model),
+        *check_policy(model),
+        *_check_targets(target_modules, model),
     ]
     if issues:
         raise SpecError(issues)
@@ -170,6 +188,14 @@ def check_args(args: PPOConfig, prompts: int, model: ModelFacts) -> tuple[Hyperp
     if issues:
         raise SpecError(issues)
     return ppo, derived
+
+
+def _check_targets(target_modules: Iterable[str] | str | None, model: ModelFacts) -> list[Issue]:
+    # A pattern, or none where peft knows the architecture: peft finds out by itself.
+    if target_modules is None or isinstance(target_modules, str):
+        return []
+    issues = check_targets(sorted(target_modules), model)  # peft keeps a set
+    return [Issue(loc=("peft_config", *issue.loc), msg=issue.msg) for issue in issues]
 
 
 def _set_world_size(args: PPOConfig, given: int | None) -> None:
@@ -197,9 +223,6 @@ HONOURED = frozenset(
         "ddp_timeout",
         "deepspeed",
         "disable_tqdm",
-        "do_eval",
-        "do_predict",
-        "do_train",
         "eval_on_start",
         "eval_steps",
         "eval_strategy",
@@ -210,14 +233,13 @@ HONOURED = frozenset(
         "hub_model_id",
         "hub_private_repo",
         "hub_revision",
+        "hub_strategy",
         "hub_token",
         "learning_rate",
-        "local_rank",
         "log_level",
         "log_level_replica",
         "log_on_each_node",
         "logging_first_step",
-        "logging_nan_inf_filter",
         "logging_steps",
         "logging_strategy",
         "lr_scheduler_kwargs",
@@ -227,18 +249,16 @@ HONOURED = frozenset(
         "optim",
         "optim_args",
         "output_dir",
-        "per_device_eval_batch_size",
         "per_device_train_batch_size",
         "project",
         "push_to_hub",
         "report_to",
-        "resume_from_checkpoint",
+        "restore_callback_states_from_checkpoint",
         "run_name",
         "save_steps",
         "save_strategy",
         "save_total_limit",
         "seed",
-        "skip_memory_metrics",
         "tf32",
         "trackio_bucket_id",
         "trackio_space_id",
@@ -248,7 +268,38 @@ HONOURED = frozenset(
         "weight_decay",
     }
 )
-"""Inherited arguments that do in the PPO loop what their help says. Every other one must keep its default."""
+"""Inherited arguments that do in the PPO loop what their help says."""
+
+FOR_SCRIPTS = frozenset({"do_eval", "do_predict", "do_train", "local_rank", "resume_from_checkpoint"})
+"""Inherited arguments that Trainer itself never reads: scripts and launchers do.
+Every argument that is in neither set must keep its default."""
+
+_BY_STEPS = ("no", "steps")  # a pass over the prompts is no unit of PPO, which counts updates
+_BY_METRIC = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
+_BY_OWN_LOOP = ("lomo", "galore", "apollo", "schedule_free")  # they need more of a loop than step()
+HONOURED_VALUES: dict[str, tuple[str, ...]] = {
+    "eval_strategy": _BY_STEPS,
+    "logging_strategy": _BY_STEPS,
+    "save_strategy": _BY_STEPS,
+    "hub_strategy": ("every_save", "end"),  # the others push checkpoints, which hold critic and optimizer
+    "lr_scheduler_type": tuple(kind.value for kind in SchedulerType if kind not in _BY_METRIC),
+    "optim": tuple(
+        name.value for name in OptimizerNames if not any(word in name.value for word in _BY_OWN_LOOP)
+    ),
+}
+"""Of honoured arguments, the values that are."""
+
+
+def refused_values(args: PPOConfig) -> list[Issue]:
+    """One issue for each honoured argument whose value is not."""
+    return [
+        Issue(
+            loc=(name,),
+            msg=f"{shown(given)} given; PPOTrainer honours {', '.join(honoured)}: choose of these.",
+        )
+        for name, honoured in HONOURED_VALUES.items()
+        if (given := str(getattr(args, name).value)) not in honoured
+    ]
 
 
 def refused_arguments(args: PPOConfig) -> list[Issue]:
@@ -260,6 +311,6 @@ def refused_arguments(args: PPOConfig) -> list[Issue]:
             msg=f"{shown(given)} given; PPOTrainer does not honour this argument: leave it out.",
         )
         for inherited in dataclasses.fields(TrainingArguments)
-        if inherited.name not in HONOURED and inherited.name not in PPOConfig.__annotations__
+        if inherited.name not in HONOURED | FOR_SCRIPTS | PPOConfig.__annotations__.keys()
         if (given := getattr(args, inherited.name)) != getattr(untouched, inherited.name)
     ]

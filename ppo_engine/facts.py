@@ -1,4 +1,4 @@
-"""What is known of a model without loading it: its `config.json`, tokenizer files, and safetensors headers.
+"""What is known of a model without loading it: its configuration, tokenizer files, and safetensors headers.
 
 Every fact that cannot be read is None, and rules that need it stay silent: the engine finds out.
 This module knows no torch, no transformers, no hub.
@@ -7,12 +7,14 @@ This module knows no torch, no transformers, no hub.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from ppo_engine.spec import shown
+from ppo_engine.spec import Loc, ModelReward, RunSpec, shown
 
 _DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I8": 1, "U8": 1, "F8_E4M3": 1}
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
@@ -20,8 +22,11 @@ _EMBEDDINGS = ("embed", "wte", "wpe", "shared")
 _OUTPUT_LAYERS = ("lm_head", "embed_out", "output_layer", "score", "classifier")
 
 
+_Shapes = Mapping[str, tuple[int, ...]]
+
+
 class FactsError(ValueError):
-    """A model directory that is none; the message names the file and what is wrong with it."""
+    """A directory that is no model or adapter; the message names the file and what is wrong with it."""
 
 
 class TokenizerFacts(BaseModel):
@@ -41,6 +46,7 @@ class ModelFacts(BaseModel):
     context_length: most positions. hidden_size: width of the trunk.
     parameters: number of weights stored. weight_bytes: their size on disk.
     linears: two-dimensional weights that are neither embeddings nor output layers, name → shape.
+    output_layers: parameters of those stored, such as `lm_head` or `score`, by name.
     labels: outputs of a classification head.
     """
 
@@ -56,6 +62,7 @@ class ModelFacts(BaseModel):
     parameters: int | None = None
     weight_bytes: int | None = None
     linears: dict[str, tuple[int, int]] = {}
+    output_layers: dict[str, int] = {}
     tokenizer: TokenizerFacts | None = None
 
     @property
@@ -65,16 +72,73 @@ class ModelFacts(BaseModel):
             return None
         return any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in self.architectures)
 
+    @property
+    def is_classifier(self) -> bool:
+        """Whether the config declares a sequence-classification model."""
+        return any("SequenceClassification" in name for name in self.architectures)
+
+    @property
+    def trunk_parameters(self) -> int | None:
+        """Weights stored without the output layers: what another head can be put on."""
+        return None if self.parameters is None else self.parameters - sum(self.output_layers.values())
+
+
+class AdapterFacts(BaseModel):
+    """What the directory of a LoRA adapter tells.
+
+    target_modules: None where it holds a pattern instead of names.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    r: int | None = None
+    lora_alpha: int | None = None
+    target_modules: tuple[str, ...] | None = None
+    parameters: int | None = None
+
 
 class Facts(BaseModel):
-    """All that a plan may know beside the spec. rewards: by the reward's name. prompts: rows to train on."""
+    """All that a plan may know beside the spec.
+
+    adapters: by their names in the spec. rewards: by the reward's name. prompts: rows to train on.
+    """
 
     model_config = ConfigDict(frozen=True)
 
     model: ModelFacts | None = None
     value: ModelFacts | None = None
+    adapters: dict[str, AdapterFacts] = {}
     rewards: dict[str, ModelFacts] = {}
     prompts: int | None = None
+
+
+def facts_at(path: Path, loc: Loc) -> ModelFacts | AdapterFacts:
+    """Read the facts of what a spec names at a place: a model, or an adapter.
+
+    Raises:
+        FactsError: the directory holds no such thing.
+    """
+    return read_adapter_facts(path) if _is_adapter(loc) else read_model_facts(path)
+
+
+def gather(spec: RunSpec, found: Mapping[Loc, ModelFacts | AdapterFacts], prompts: int | None) -> Facts:
+    """The facts of a run, from those found of each model by its place in the spec."""
+    models = {loc: facts for loc, facts in found.items() if isinstance(facts, ModelFacts)}
+    return Facts(
+        model=models.get(("model",)),
+        value=models.get(("method", "value", "source")),
+        adapters={str(loc[-1]): facts for loc, facts in found.items() if isinstance(facts, AdapterFacts)},
+        rewards={
+            reward.name: models[loc]
+            for index, reward in enumerate(spec.rewards)
+            if isinstance(reward, ModelReward) and (loc := ("rewards", index, "source")) in models
+        },
+        prompts=prompts,
+    )
+
+
+def _is_adapter(loc: Loc) -> bool:
+    return loc[:2] == ("method", "adapters")
 
 
 def read_model_facts(path: Path) -> ModelFacts:
@@ -83,13 +147,10 @@ def read_model_facts(path: Path) -> ModelFacts:
     Raises:
         FactsError: there is no directory, no readable `config.json`, or the weights are not safetensors.
     """
-    if not path.is_dir():
-        raise FactsError(f"{path} is not a directory; give one in the layout of save_pretrained.")
-    config = _read_json(path / "config.json")
-    if config is None:
-        raise FactsError(f"{path} has no config.json; give a directory in the layout of save_pretrained.")
+    config = _read_config(path, "config.json")
     text = config.get("text_config") or config
     tensors = _read_tensors(path)
+    shapes = {name: shape for name, (shape, _) in tensors.items()}
     return ModelFacts(
         model_type=config.get("model_type"),
         architectures=tuple(config.get("architectures") or ()),
@@ -97,12 +158,44 @@ def read_model_facts(path: Path) -> ModelFacts:
         context_length=_first(text, "max_position_embeddings", "n_positions", "max_sequence_length"),
         hidden_size=_first(text, "hidden_size", "n_embd", "d_model"),
         layers=_first(text, "num_hidden_layers", "n_layer", "num_layers"),
-        labels=_labels(config),
-        parameters=sum(_count(shape) for shape, _ in tensors.values()) if tensors else None,
-        weight_bytes=sum(_count(shape) * size for shape, size in tensors.values()) if tensors else None,
-        linears=_linears(tensors),
+        labels=_labels(config, shapes),
+        parameters=sum(map(prod, shapes.values())) if tensors else None,
+        weight_bytes=sum(prod(shape) * size for shape, size in tensors.values()) if tensors else None,
+        linears=linears(shapes),
+        output_layers=_output_layers(shapes),
         tokenizer=_read_tokenizer(path),
     )
+
+
+def read_adapter_facts(path: Path) -> AdapterFacts:
+    """Read the facts of an adapter's directory, in peft's layout.
+
+    Raises:
+        FactsError: there is no directory, no readable `adapter_config.json`, the adapter is no LoRA, or its
+            weights are not safetensors.
+    """
+    config = _read_config(path, "adapter_config.json")
+    if config.get("peft_type") != "LORA":
+        raise FactsError(f"{path} has an adapter of type {shown(config.get('peft_type'))}; give a LoRA.")
+    weights = path / "adapter_model.safetensors"
+    if not weights.is_file():
+        raise FactsError(f"{path} has no {weights.name}; save the adapter again as safetensors.")
+    targets = config.get("target_modules")
+    return AdapterFacts(
+        r=_first(config, "r"),
+        lora_alpha=_first(config, "lora_alpha"),
+        target_modules=tuple(sorted(map(str, targets))) if isinstance(targets, list) else None,
+        parameters=sum(prod(shape) for shape, _ in _read_header(weights).values()),
+    )
+
+
+def _read_config(path: Path, name: str) -> dict[str, Any]:
+    if not path.is_dir():
+        raise FactsError(f"{path} is not a directory; give one in the layout of save_pretrained.")
+    config = _read_json(path / name)
+    if config is None:
+        raise FactsError(f"{path} has no {name}; give a directory in the layout of save_pretrained.")
+    return config
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
@@ -121,16 +214,12 @@ def _first(config: dict[str, Any], *names: str) -> int | None:
     return next((value for name in names if isinstance(value := config.get(name), int) and value > 0), None)
 
 
-def _labels(config: dict[str, Any]) -> int | None:
+def _labels(config: dict[str, Any], shapes: _Shapes) -> int | None:
+    """From the head where it is stored: a config leaves its default of two labels out."""
+    if "score.weight" in shapes:
+        return shapes["score.weight"][0]
     names = config.get("id2label")
     return len(names) if isinstance(names, dict) else _first(config, "num_labels")
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
 
 
 def _read_tensors(path: Path) -> dict[str, tuple[tuple[int, ...], int]]:
@@ -149,24 +238,44 @@ def _read_header(file: Path) -> dict[str, tuple[tuple[int, ...], int]]:
             raise FactsError(f"{file} is not a safetensors file, or is cut off.")
         try:
             header = json.loads(opened.read(length))
+            header.pop("__metadata__", None)
+            end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+            if opened.tell() + end > file.stat().st_size:
+                raise FactsError(f"{file} is cut off.")
             return {
                 name: (tuple(entry["shape"]), _DTYPE_BYTES.get(entry["dtype"], 4))
                 for name, entry in header.items()
-                if name != "__metadata__"
             }
-        except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
+        except FactsError:
+            raise
+        except (ValueError, RecursionError, KeyError, IndexError, TypeError, AttributeError):
             raise FactsError(f"{file} is not a safetensors file, or is damaged.") from None
 
 
-def _linears(tensors: dict[str, tuple[tuple[int, ...], int]]) -> dict[str, tuple[int, int]]:
+def linears(shapes: _Shapes) -> dict[str, tuple[int, int]]:
+    """Of all weights, the matrices an adapter can be put on: neither embeddings nor output layers."""
     found = {}
-    for name, (shape, _) in tensors.items():
+    for name, shape in shapes.items():
         module = name.removesuffix(".weight")
-        last = module.rsplit(".", 1)[-1]
         is_matrix = len(shape) == 2 and name.endswith(".weight")
-        if is_matrix and not any(word in last for word in _EMBEDDINGS) and last not in _OUTPUT_LAYERS:
+        is_embedding = any(word in module.rsplit(".", 1)[-1] for word in _EMBEDDINGS)
+        if is_matrix and not is_embedding and _output_layer(name) is None:
             found[module] = (shape[0], shape[1])
     return found
+
+
+def _output_layers(shapes: _Shapes) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for name, shape in shapes.items():
+        if (layer := _output_layer(name)) is not None:
+            counts[layer] = counts.get(layer, 0) + prod(shape)
+    return counts
+
+
+def _output_layer(name: str) -> str | None:
+    """Which output layer a weight belongs to: they stand beside the trunk, or are named so at its end."""
+    first, *_, module, _ = ["", *name.split(".")]
+    return next((part for part in (first, module) if part in _OUTPUT_LAYERS), None)
 
 
 def _read_tokenizer(path: Path) -> TokenizerFacts | None:

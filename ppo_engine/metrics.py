@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ppo_engine.advantages import kl_rewards, missing_stop
 from ppo_engine.batch import Experience, Rollout
 from ppo_engine.rewards import Scores
+from ppo_engine.spec import Hyperparameters
 
 
 class Clock:
@@ -34,23 +36,40 @@ class Clock:
 
 
 def update_metrics(
-    rollout: Rollout, scores: Scores, experience: Experience, kl_BR: Tensor, kl_coef: float
+    rollout: Rollout, scores: Scores, experience: Experience, kl_BR: Tensor, ppo: Hyperparameters
 ) -> dict[str, float]:
     """What the rollout of an update shows, before its optimizer steps."""
     rows = len(rollout)
-    totals_B = torch.tensor(scores.totals, dtype=torch.float64)
-    mean_kl = float(kl_BR.double().sum()) / rows
+    scores_B = final_scores(rollout, scores, ppo)
+    non_score = float(kl_rewards(kl_BR.double(), ppo.kl_coef).sum()) / rows
     return {
-        "objective/kl": mean_kl,
+        "objective/kl": float(kl_BR.double().sum()) / rows,
         "objective/entropy": -float(experience.logprobs_BR.double().sum()) / rows,
-        "objective/non_score_reward": -kl_coef * mean_kl,
-        "objective/scores": float(totals_B.mean()),
-        "objective/scores_std": float(totals_B.std(correction=0)),
-        "objective/rlhf_reward": float(totals_B.mean()) - kl_coef * mean_kl,
+        "objective/non_score_reward": non_score,
+        "objective/scores": float(scores_B.mean()),
+        "objective/scores_std": float(scores_B.std(correction=0)),
+        "objective/rlhf_reward": float(scores_B.mean()) + non_score,
         **reward_means(scores, "reward"),
         "val/num_eos_tokens": float(sum(rollout.finished)),
         **response_metrics(rollout, "response"),
     }
+
+
+def evaluation_metrics(
+    rollout: Rollout, scores: Scores, ppo: Hyperparameters, prefix: str
+) -> dict[str, float]:
+    """What the rollout of an evaluation shows."""
+    return {
+        f"{prefix}/scores": float(final_scores(rollout, scores, ppo).mean()),
+        **reward_means(scores, f"{prefix}/reward"),
+        **response_metrics(rollout, prefix),
+    }
+
+
+def final_scores(rollout: Rollout, scores: Scores, ppo: Hyperparameters) -> Tensor:
+    """The score of each row as it is trained on, with the penalty (as in TRL), float64 [B]."""
+    totals_B = torch.tensor(scores.totals, dtype=torch.float64)
+    return missing_stop(totals_B, torch.tensor(rollout.finished), ppo.missing_eos_penalty)
 
 
 def reward_means(scores: Scores, prefix: str) -> dict[str, float]:

@@ -19,6 +19,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 _T = TypeVar("_T")
+_ZERO = "zero"  # what DeepSpeed's part of a checkpoint is called
 
 
 def before_processes_meet() -> None:
@@ -31,6 +32,11 @@ def before_processes_meet() -> None:
     import deepspeed.ops  # noqa: PLC0415  (an optional dependency)
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def processes_started() -> int:
+    """How many processes the launcher has started, whether or not they have found each other."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 class Parallel:
@@ -58,11 +64,20 @@ class Parallel:
             config["gradient_clipping"] = self.max_grad_norm
             config["zero_allow_untested_optimizer"] = True
             config["zero_force_ds_cpu_optimizer"] = False
+            config.setdefault("bf16", {})["check_grad_overflow"] = True
+        # Every trained weight is used in every forward that has a backward; DDP need not look for others.
+        self.accelerator.ddp_handler.find_unused_parameters = False
         prepared, optimizer = self.accelerator.prepare(module, optimizer)
         return prepared, optimizer
 
-    def prepare_frozen(self, module: nn.Module) -> nn.Module:
-        """Place a module that only scores."""
+    def prepare_frozen(self, module: nn.Module, trained: nn.Module) -> nn.Module:
+        """Place a module that only scores; it is to round as the prepared one does."""
+        if self.zero_stage is not None:
+            engine: Any = trained
+            dtype, _ = engine.get_data_types()
+            # As DeepSpeed has cast what it trains: the weights, and not the buffers.
+            for parameter in module.parameters():
+                parameter.data = parameter.data.to(dtype)
         return module.to(self.device)
 
     def unwrap(self, module: nn.Module) -> Any:
@@ -77,7 +92,8 @@ class Parallel:
         if self.zero_stage is not None:
             engine: Any = module
             engine.set_gradient_accumulation_boundary(last)
-            engine.backward(loss)
+            # DeepSpeed looks at gradients only: a loss that is no number must not leave gradients that are.
+            engine.backward(loss * (1 + (loss - loss).detach()))
             return
         loss.backward()  # type: ignore[no-untyped-call]
 
@@ -95,7 +111,7 @@ class Parallel:
         nothing was applied, on any process.
         """
         if self.zero_stage is not None:
-            return self._step_deepspeed(module, loss)
+            return self._step_deepspeed(module)
         parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
         limit = self.max_grad_norm or float("inf")
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit))
@@ -105,13 +121,12 @@ class Parallel:
         optimizer.zero_grad(set_to_none=True)
         return norm if is_finite else None
 
-    def _step_deepspeed(self, module: nn.Module, loss: float) -> float | None:
+    def _step_deepspeed(self, module: nn.Module) -> float | None:
+        """DeepSpeed drops a step whose norm is not finite itself, on all processes, and forgets its sums."""
         engine: Any = module
-        if not _is_finite(loss):
-            engine.optimizer.zero_grad()
-            return None
         engine.step()
-        return float(engine.get_global_grad_norm())
+        norm = float(engine.get_global_grad_norm())
+        return norm if _is_finite(norm) and not engine.optimizer.overflow else None
 
     # Talking -------------------------------------------------------------------------------------------
 
@@ -133,6 +148,21 @@ class Parallel:
         gathered: list[_T] = gather_object([value]) if self.world_size > 1 else [value]
         return gathered
 
+    @contextmanager
+    def together(self, *kinds: type[Exception]) -> Iterator[None]:
+        """Around what each process does for itself: an error of these kinds on any is raised on all of them.
+
+        Else the others would wait for the one that failed, and die of that.
+        """
+        failure: Exception | None = None
+        try:
+            yield
+        except kinds as error:
+            failure = error
+        first = next((error for error in self.gather(failure) if error is not None), None)
+        if first is not None:
+            raise failure or first
+
     def barrier(self) -> None:
         self.accelerator.wait_for_everyone()
 
@@ -148,6 +178,27 @@ class Parallel:
 
         with deepspeed.zero.GatheredParameters(list(parameters)):
             yield
+
+    @contextmanager
+    def standing_alone(self, module: nn.Module, part: nn.Module) -> Iterator[None]:
+        """Inside, forwards of a part of the prepared module need no other process; with ZeRO-3, no backward.
+
+        Its weights are whole. That alone is not enough: hooks of ZeRO-3 take the weights of each submodule
+        away after its forward, and ask all processes for them at the next one.
+        """
+        if self.zero_stage != 3:
+            yield
+            return
+        engine: Any = module
+        offload = engine.optimizer.parameter_offload
+        with self.gathered(part.parameters()):
+            for hook in (*offload.forward_hooks, *offload.backward_hooks):
+                hook.remove()
+            offload.forward_hooks, offload.backward_hooks = [], []
+            try:
+                yield
+            finally:
+                offload._register_deepspeed_module(offload.module)
 
     def state_dict(self, module: nn.Module, *, trained_only: bool) -> dict[str, Tensor]:
         """Whole weights on the CPU; on every process, by their names in the module given."""
@@ -165,7 +216,7 @@ class Parallel:
         """Write trained weights and the optimizer's state; every process calls this."""
         if self.zero_stage is not None:
             engine: Any = module
-            engine.save_checkpoint(str(directory), tag="zero", exclude_frozen_parameters=True)
+            engine.save_checkpoint(str(directory), tag=_ZERO, exclude_frozen_parameters=True)
             return
         if self.is_main:
             state = {
@@ -175,10 +226,9 @@ class Parallel:
             torch.save(state, directory / "training_state.pt")
 
     def load_state(self, directory: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Read back what `save_state` wrote."""
+        """Read back what `save_state` wrote. Raises FileNotFoundError where it is not there."""
         if self.zero_stage is not None:
-            engine: Any = module
-            engine.load_checkpoint(str(directory), tag="zero", load_module_strict=False)
+            self._load_deepspeed(directory, module)
             return
         state = torch.load(directory / "training_state.pt", map_location="cpu", weights_only=True)
         parameters = dict(self.unwrap(module).named_parameters(remove_duplicate=False))
@@ -186,6 +236,14 @@ class Parallel:
             for name, weight in state["weights"].items():
                 parameters[name].copy_(weight)
         optimizer.load_state_dict(state["optimizer"])
+
+    def _load_deepspeed(self, directory: Path, module: nn.Module) -> None:
+        engine: Any = module
+        loaded = None
+        if (directory / _ZERO).is_dir():
+            loaded, _ = engine.load_checkpoint(str(directory), _ZERO, load_module_strict=False)
+        if loaded is None:  # what DeepSpeed cannot read it passes over, and goes on with the weights it has
+            raise FileNotFoundError(f"{directory} holds no DeepSpeed state that can be loaded.")
 
 
 def _is_finite(value: float) -> bool:

@@ -7,12 +7,13 @@ loads a model: the same functions, so the same words. This module knows no torch
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 from pydantic import BaseModel, ConfigDict
 
-from ppo_engine.facts import Facts, ModelFacts
+from ppo_engine.facts import AdapterFacts, Facts, ModelFacts
 from ppo_engine.spec import (
+    DEFAULT_ADAPTER,
     Full,
     Hyperparameters,
     Issue,
@@ -25,9 +26,11 @@ from ppo_engine.spec import (
     ValueModel,
     check_fields,
     shown,
+    trained_from,
 )
 
 _FP32 = 4
+_BF16 = 2
 _ADAM_STATES = 2
 _WHITEN_ROWS = 8
 _MOST_EPISODES = 2**31
@@ -36,38 +39,43 @@ _MOST_EPISODES = 2**31
 class BatchSizes(BaseModel):
     """How rows are cut, under TRL's names: `local_` is per process, `micro` one forward, `mini` one step."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
 
     world_size: int
+    """Processes."""
     batch_size: int
+    """Rows of an update, of all processes."""
     local_batch_size: int
+    """Rows of an update, per process."""
     micro_batch_size: int
+    """Rows of one forward and backward, of all processes."""
     mini_batch_size: int
+    """Rows of an optimizer step, of all processes."""
     local_mini_batch_size: int
+    """Rows of an optimizer step, per process."""
 
 
 class Schedule(BatchSizes):
-    """How long a run is.
-
-    total_episodes: responses asked for; the last update may exceed them. num_total_batches: updates.
-    optimizer_steps: in the whole run.
-    """
+    """How long a run is."""
 
     total_episodes: int
+    """Responses asked for; the last update may exceed them."""
     num_total_batches: int
+    """Updates."""
     optimizer_steps: int
+    """Of the whole run."""
 
 
 class Plan(Schedule):
-    """What a run will do and need.
-
-    parameters_trained: None where the model's facts are unknown.
-    memory: bytes by role, per process without sharding, activations and caches left out.
-    """
+    """What a run will do and need."""
 
     parameters_trained: int | None
+    """Weights that change; null where nothing is known of the model."""
     memory: dict[str, int] | None
+    """Bytes by role, per process without sharding, activations and caches left out; null where nothing is
+    known of the model."""
     warnings: tuple[str, ...]
+    """What is allowed, and may not be what was meant."""
 
 
 def batch_sizes(ppo: Hyperparameters, world_size: int) -> BatchSizes:
@@ -104,7 +112,11 @@ def check(spec: RunSpec, facts: Facts) -> list[Issue]:
         issues += check_policy(facts.model)
         issues += _under("ppo", check_lengths(spec.ppo, facts.model))
         if isinstance(spec.method, Lora):
-            issues += _under("method", check_lora(spec.method, facts.model))
+            issues += _under("method", check_targets(spec.method.target_modules, facts.model))
+    if isinstance(spec.method, Lora):
+        issues += _under("method", _check_start(spec.method, spec.ppo, facts))
+    if facts.value is not None:
+        issues += check_value_model(facts.value, facts.model, ("method", "value", "source"))
     for index, reward in enumerate(spec.rewards):
         if isinstance(reward, ModelReward) and reward.name in facts.rewards:
             loc: Loc = ("rewards", index, "source")
@@ -187,7 +199,8 @@ def check_lengths(ppo: Hyperparameters, model: ModelFacts) -> Iterator[Issue]:
     ):
         yield Issue(
             loc=("stop_token_id",),
-            msg=f"{ppo.stop_token_id} given; the model's vocabulary has ids 0 to {model.vocab_size - 1}.",
+            msg=f"{ppo.stop_token_id} given; the model's vocabulary has ids 0 to {model.vocab_size - 1}: "
+            "give one of these.",
         )
     if ppo.stop_token == "eos" and model.tokenizer is not None and model.tokenizer.eos_token is None:
         yield Issue(
@@ -196,11 +209,11 @@ def check_lengths(ppo: Hyperparameters, model: ModelFacts) -> Iterator[Issue]:
         )
 
 
-def check_lora(lora: Lora, model: ModelFacts) -> Iterator[Issue]:
-    """Whether the model has the modules that adapters are asked for; locs relative to `method`."""
-    if lora.target_modules == "all-linear" or not model.linears:
+def check_targets(target_modules: str | Sequence[str], model: ModelFacts) -> Iterator[Issue]:
+    """Whether the model has the modules that an adapter is asked for; locs relative to `method`."""
+    if isinstance(target_modules, str) or not model.linears:
         return
-    for index, target in enumerate(lora.target_modules):
+    for index, target in enumerate(target_modules):
         if not any(_targets(name, target) for name in model.linears):
             known = sorted({name.rsplit(".", 1)[-1] for name in model.linears})
             yield Issue(
@@ -214,13 +227,88 @@ def _targets(name: str, target: str) -> bool:
     return name == target or name.endswith(f".{target}")
 
 
+def _check_start(lora: Lora, ppo: Hyperparameters, facts: Facts) -> Iterator[Issue]:
+    name = trained_from(lora, ppo)
+    if name is not None and name in facts.adapters:
+        yield from check_adapter(lora, name, facts.adapters[name], facts.model)
+
+
+def check_adapter(lora: Lora, name: str, adapter: AdapterFacts, model: ModelFacts | None) -> Iterator[Issue]:
+    """Whether the adapter that the trained one starts as is what the spec says; locs relative to `method`.
+
+    An adapter keeps its own shape, so a field that says another would be without effect.
+    """
+    for field in ("r", "lora_alpha"):
+        given, own = getattr(lora, field), getattr(adapter, field)
+        if own is not None and given != own:
+            yield _other_than_start(field, given, name, own)
+    own_targets = adapter.target_modules
+    if own_targets is not None and not _same_modules(
+        lora.target_modules, own_targets, model.linears if model is not None else {}
+    ):
+        yield _other_than_start("target_modules", lora.target_modules, name, own_targets)
+
+
+def _other_than_start(field: str, given: object, name: str, own: object) -> Issue:
+    return Issue(
+        loc=(field,),
+        msg=f"{shown(given)} given; the adapter that is trained starts as {shown(name)}, which has "
+        f"{shown(own, 400)}: give that.",
+    )
+
+
+def _same_modules(
+    given: Sequence[str] | str, own: Sequence[str], linears: Mapping[str, tuple[int, int]]
+) -> bool:
+    if linears:
+        return _targeted(given, linears) == _targeted(own, linears)
+    return isinstance(given, str) or set(given) == set(own)
+
+
+def _targeted(targets: Sequence[str] | str, linears: Mapping[str, tuple[int, int]]) -> set[str]:
+    if targets == "all-linear":
+        return set(linears)
+    return {name for name in linears if any(_targets(name, target) for target in targets)}
+
+
+def check_value_model(value: ModelFacts, policy: ModelFacts | None, loc: Loc) -> Iterator[Issue]:
+    """Whether a model can be the critic of a policy: a decoder that reads the same ids."""
+    if value.is_causal_lm is False and not value.is_classifier:
+        yield Issue(
+            loc=loc,
+            msg=f"A model of architecture {shown(value.architectures)} given; a value model is a "
+            "...ForCausalLM, or a ...ForSequenceClassification with 1 label.",
+        )
+    elif value.is_classifier and value.output_layers and "score" not in value.output_layers:
+        yield Issue(
+            loc=loc,
+            msg=f"A model of architecture {shown(value.architectures)} given, which reads a text as a whole; "
+            "a value is read at every token: give a decoder.",
+        )
+    elif value.is_classifier and value.labels is not None and value.labels != 1:
+        yield Issue(
+            loc=loc,
+            msg=f"A model with {value.labels} labels given; a value is one number: use one with 1 label.",
+        )
+    if policy is None:
+        return
+    for field, what in (("vocab_size", "ids"), ("context_length", "positions")):
+        own, needed = getattr(value, field), getattr(policy, field)
+        if own is not None and needed is not None and own < needed:
+            yield Issue(
+                loc=loc,
+                msg=f"A model with {own} {what} given; the policy has {needed}, and a value model reads all "
+                "that the policy writes: use one with as many.",
+            )
+
+
 def check_reward_model(model: ModelFacts, loc: Loc) -> Iterator[Issue]:
     """Whether a model can score text with one number."""
-    if model.architectures and not any("SequenceClassification" in name for name in model.architectures):
+    if model.architectures and not model.is_classifier:
         yield Issue(
             loc=loc,
             msg=f"A model of architecture {shown(model.architectures)} given; a reward model is a "
-            "...ForSequenceClassification.",
+            "...ForSequenceClassification: give one.",
         )
     elif model.labels is not None and model.labels != 1:
         yield Issue(
@@ -249,58 +337,67 @@ def plan(spec: RunSpec, facts: Facts) -> Plan:
     length = schedule(spec.ppo, spec.resources.gpus, facts.prompts or 0)
     return Plan(
         **length.model_dump(),
-        parameters_trained=_trained(spec, facts),
+        parameters_trained=_parameters(spec, facts)[0],
         memory=_memory(spec, facts),
         warnings=tuple(_warnings(spec, length)),
     )
 
 
-def _policy_trained(spec: RunSpec, model: ModelFacts) -> int | None:
-    if isinstance(spec.method, Full):
-        return model.parameters
-    if not model.linears:
+def _policy_trained(spec: RunSpec, facts: Facts) -> int | None:
+    if facts.model is None:
         return None
-    targets = spec.method.target_modules
-    shapes = [
-        shape
-        for name, shape in model.linears.items()
-        if targets == "all-linear" or any(_targets(name, target) for target in targets)
-    ]
-    return sum(spec.method.r * (rows + columns) for rows, columns in shapes)
+    if isinstance(spec.method, Full):
+        return facts.model.parameters
+    start = trained_from(spec.method, spec.ppo)
+    if start is not None and start in facts.adapters:
+        return facts.adapters[start].parameters
+    linears = facts.model.linears
+    targeted = _targeted(spec.method.target_modules, linears)
+    return sum(spec.method.r * sum(linears[name]) for name in targeted) if linears else None
 
 
 def _value_trained(spec: RunSpec, facts: Facts) -> int | None:
-    model = facts.value or facts.model
-    if model is None or model.hidden_size is None:
+    """A head on the policy has a bias; an own model is a trunk with the head of its class, which has none."""
+    if isinstance(spec.method.value, ValueHead):
+        width = facts.model and facts.model.hidden_size
+        return width + 1 if width else None
+    model = facts.model if spec.method.value.source is None else facts.value
+    if model is None or model.trunk_parameters is None or model.hidden_size is None:
         return None
-    trunk = 0 if isinstance(spec.method.value, ValueHead) else model.parameters
-    return None if trunk is None else trunk + model.hidden_size + 1
+    return model.trunk_parameters + model.hidden_size
 
 
-def _trained(spec: RunSpec, facts: Facts) -> int | None:
-    if facts.model is None:
-        return None
-    policy, value = _policy_trained(spec, facts.model), _value_trained(spec, facts)
-    return None if policy is None or value is None else policy + value
+def _parameters(spec: RunSpec, facts: Facts) -> tuple[int | None, int | None]:
+    """Trained in all, and of them the policy's."""
+    policy, value = _policy_trained(spec, facts), _value_trained(spec, facts)
+    return None if policy is None or value is None else policy + value, policy
 
 
 def _memory(spec: RunSpec, facts: Facts) -> dict[str, int] | None:
-    """Bytes by role. Trained weights, their gradients, and Adam's two moments are fp32."""
-    trained = _trained(spec, facts)
-    if facts.model is None or facts.model.parameters is None or trained is None:
+    """Bytes by role.
+
+    What is trained, its gradients and Adam's two moments, the reference that is copied from it, frozen
+    adapters, and reward models are fp32; the frozen base under adapters has the run's precision.
+    """
+    trained, policy = _parameters(spec, facts)
+    if facts.model is None or facts.model.parameters is None or trained is None or policy is None:
         return None
-    frozen = 2 if spec.resources.precision == "bf16" else _FP32
-    parameters, is_full = facts.model.parameters, isinstance(spec.method, Full)
-    policy = _policy_trained(spec, facts.model) or 0
+    base, frozen, reference = 0, 0, 0
+    if isinstance(spec.method, Lora):
+        base = facts.model.parameters * (_BF16 if spec.resources.precision == "bf16" else _FP32)
+        own = spec.ppo.model_adapter_name or DEFAULT_ADAPTER
+        frozen = sum(adapter.parameters or 0 for name, adapter in facts.adapters.items() if name != own)
+    else:
+        reference = facts.model.parameters
     roles = {
-        "policy": policy * _FP32 + (0 if is_full else parameters * frozen),
-        "reference": parameters * frozen if is_full else 0,
+        "policy": base + (policy + frozen) * _FP32,
+        "reference": reference * _FP32,
         "value": (trained - policy) * _FP32,
         "gradients": trained * _FP32,
         "optimizer": trained * _FP32 * _ADAM_STATES,
     }
     if facts.rewards:
-        roles["reward"] = sum((model.parameters or 0) * frozen for model in facts.rewards.values())
+        roles["reward"] = sum(model.parameters or 0 for model in facts.rewards.values()) * _FP32
     return roles
 
 

@@ -22,10 +22,11 @@ from ppo_engine import checkpoint
 from ppo_engine.config import PPOConfig
 from ppo_engine.events import Event, EventType, encode
 from ppo_engine.load import load, read_facts, read_rows
+from ppo_engine.parallel import processes_started
 from ppo_engine.plan import plan
 from ppo_engine.rewards import build
 from ppo_engine.run_dir import Reason, Result, RunDir
-from ppo_engine.spec import Loc, RunSpec
+from ppo_engine.spec import Issue, Loc, Resources, RunSpec, SpecError, identity
 from ppo_engine.trainer import PPOTrainer
 from ppo_engine.watch import Watch
 
@@ -176,15 +177,22 @@ class RunTrainer(PPOTrainer):
     def extra_state(self) -> dict[str, Any]:
         return {"events": self.events.position()}
 
+    def extra_identity(self) -> dict[str, JsonValue]:
+        return identity(self.run_dir.read_spec())
+
     def _await_acks(self) -> None:
-        """Where checkpoints are taken elsewhere, let no more than one be on its way."""
-        while self.parallel.is_main and self.watch.reason() is None:
-            acks = self.run_dir.read_acks()
-            waiting = self.run_dir.complete_checkpoints()[-_KEPT_CHECKPOINTS:-1]
-            if acks is None or set(waiting) <= set(acks.checkpoints):
-                break
+        """Where checkpoints are taken elsewhere, let no more than one be on its way.
+
+        All processes ask again and again: a single long wait for the main one would exceed the time that
+        collectives are given.
+        """
+        while self.parallel.any(self.parallel.is_main and self._is_upload_behind()):
             time.sleep(_ACK_POLL_SECONDS)
-        self.parallel.barrier()
+
+    def _is_upload_behind(self) -> bool:
+        acks = self.run_dir.read_acks()
+        waiting = self.run_dir.complete_checkpoints()[-_KEPT_CHECKPOINTS:-1]
+        return acks is not None and not set(waiting) <= set(acks.checkpoints) and self.watch.reason() is None
 
     def _drop_old_checkpoints(self) -> None:
         acks = self.run_dir.read_acks()
@@ -211,8 +219,22 @@ def run(run_dir: RunDir, spec: RunSpec, attempt: int, watch: Watch) -> Result:
     return Result(outcome="succeeded", reason="finished", update=update, message=message)
 
 
+def _require_as_planned(resources: Resources, name: str, found: int) -> None:
+    """Raises SpecError where the run was not started with the resources that it is planned for."""
+    given = getattr(resources, name)
+    if given == found:
+        return
+    kind = f"--use_deepspeed --zero_stage {resources.zero_stage}" if resources.zero_stage else "--multi_gpu"
+    fix = f"start it through accelerate launch --num_processes {resources.gpus} {kind}"
+    if resources.gpus == 1 and not resources.zero_stage:
+        fix = "start it without a launcher"
+    msg = f"{given} given, but the run was started with {found}: {fix}."
+    raise SpecError([Issue(loc=("resources", name), msg=msg)])
+
+
 def _trainer(run_dir: RunDir, spec: RunSpec, attempt: int, watch: Watch) -> RunTrainer:
     """Everything loaded; what cannot be is said before the first model is."""
+    _require_as_planned(spec.resources, "gpus", processes_started())
     train_rows = read_rows(run_dir, spec.prompts.train, ("prompts", "train"))
     eval_rows = spec.prompts.eval and read_rows(run_dir, spec.prompts.eval, ("prompts", "eval"))
     facts = read_facts(spec, len(train_rows))
@@ -226,6 +248,8 @@ def _trainer(run_dir: RunDir, spec: RunSpec, attempt: int, watch: Watch) -> RunT
         use_cpu=not has_gpu,
         ddp_backend="gloo" if spec.resources.gpus > 1 and not has_gpu else None,
     )
+    zero_stage = 0 if args.deepspeed_plugin is None else args.deepspeed_plugin.zero_stage
+    _require_as_planned(spec.resources, "zero_stage", zero_stage)
     introduction = {"plan": plan(spec, facts).model_dump(mode="json"), "made_with": checkpoint.environment()}
     set_seed(spec.ppo.seed)  # before new adapters and heads are drawn
     loaded = load(spec)

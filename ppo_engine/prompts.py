@@ -7,6 +7,7 @@ and the update, so a resume needs a counter only. This module does not know mode
 
 from __future__ import annotations
 
+import hashlib
 import json
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -32,11 +33,22 @@ class Prompt:
     columns: dict[str, Any]
 
 
-def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a canonical prompt file, one JSON object per line."""
-    with path.open(encoding="utf-8") as lines:
-        for line in lines:
-            yield json.loads(line)
+def read_jsonl(path: Path, loc: Loc) -> Iterator[dict[str, Any]]:
+    """The rows of a canonical prompt file, one JSON object per line. loc: what messages call it.
+
+    Raises:
+        SpecError: a line is none; the first of them is named.
+    """
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                row = json.loads(line.decode())
+            except (ValueError, RecursionError) as error:
+                raise SpecError([Issue(loc=loc, msg=f"Line {number} is not JSON: {error}.")]) from None
+            if not isinstance(row, dict):
+                msg = f"Line {number} holds {shown(row)}; each line is a JSON object."
+                raise SpecError([Issue(loc=loc, msg=msg)])
+            yield row
 
 
 def read_dataset(
@@ -63,13 +75,13 @@ def read_dataset(
     """
     prompts: list[Prompt] = []
     problems: list[str] = []
-    for index, row in enumerate(rows):
+    for number, row in enumerate(rows, 1):  # as lines of a file are counted
         try:
             prompt = _prompt(row, tokenizer, data_collator)
             _check_ids(prompt.ids, limit, vocab_size)
             prompts.append(prompt)
         except _BadRow as problem:
-            problems.append(f"Row {index} {problem}")
+            problems.append(f"Row {number} {problem}")
     if not prompts and not problems:
         problems.append("No rows given; give at least one prompt.")
     if problems:
@@ -148,6 +160,11 @@ def _check_ids(ids: Sequence[int], limit: int | None, vocab_size: int | None) ->
 def _first(problems: Sequence[str]) -> list[str]:
     more = len(problems) - _MAX_ISSUES
     return [*problems[:_MAX_ISSUES], *([f"{more} more rows have problems."] if more > 0 else [])]
+
+
+def digest(prompts: Sequence[Prompt]) -> str:
+    """Tells data sets apart by the ids of their prompts, in order."""
+    return hashlib.sha256(json.dumps([prompt.ids for prompt in prompts]).encode()).hexdigest()
 
 
 def rows_of_update(update: int, batch_size: int, n: int, seed: int) -> list[int]:

@@ -15,10 +15,10 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 
+from ppo_engine import plan
 from ppo_engine.actor_critic import causal_lm, output_logits, trunk
-from ppo_engine.facts import ModelFacts, TokenizerFacts
-
-DEFAULT_ADAPTER = "default"
+from ppo_engine.facts import ModelFacts, TokenizerFacts, linears
+from ppo_engine.spec import DEFAULT_ADAPTER, Loc, SpecError
 
 
 def build_policy(model: nn.Module, peft_config: PeftConfig | None, adapter: str | None) -> nn.Module:
@@ -60,14 +60,18 @@ def require_adapter(policy: nn.Module, adapter: str, field: str) -> None:
         )
 
 
-def facts_of(model: nn.Module, tokenizer: Any) -> ModelFacts:
-    """What the rules of a plan need of a loaded policy."""
-    config = causal_lm(model).config.get_text_config()
+def facts_of(model: nn.Module, tokenizer: Any = None) -> ModelFacts:
+    """What the rules of a plan need of a loaded model, and of its tokenizer where it has one of its own."""
+    language_model = causal_lm(model)
+    config = language_model.config.get_text_config()
     return ModelFacts(
         model_type=config.model_type,
+        architectures=tuple(language_model.config.architectures or ()),
         vocab_size=config.vocab_size,
         context_length=getattr(config, "max_position_embeddings", None),
-        tokenizer=TokenizerFacts(
+        linears=linears({name: tuple(weight.shape) for name, weight in language_model.named_parameters()}),
+        tokenizer=tokenizer
+        and TokenizerFacts(
             pad_token=tokenizer.pad_token,
             eos_token=tokenizer.eos_token,
             chat_template=bool(tokenizer.chat_template),
@@ -93,10 +97,15 @@ def disable_dropout(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
-def recompute_activations(model: nn.Module, kwargs: dict[str, Any] | str | None) -> None:
-    """Keep few activations for the backward pass, and compute the others again."""
+def recompute_activations(model: nn.Module, kwargs: Any) -> None:
+    """Keep few activations for the backward pass, and compute the others again.
+
+    kwargs: a dict or None; `every_n_layers` and `offload` as in Trainer, others of `torch.utils.checkpoint`.
+    """
+    given = dict(kwargs or {})
+    layers = {name: given.pop(name) for name in ("every_n_layers", "offload") if name in given}
     enable: Any = causal_lm(model).activation_checkpointing_enable
-    enable(activation_checkpointing_kwargs=kwargs or {"use_reentrant": False})
+    enable(activation_checkpointing_kwargs=given or {"use_reentrant": False}, **layers)
 
 
 def set_modes(model: nn.Module) -> None:
@@ -117,8 +126,13 @@ def generation_mode(policy: nn.Module) -> Iterator[None]:
         set_modes(policy)
 
 
-def check_value_model(value_model: nn.Module | None) -> None:
-    """Raises ValueError where a value model has no `score` head with one output."""
+def check_value_model(value_model: nn.Module | None, policy: ModelFacts, loc: Loc = ("value_model",)) -> None:
+    """See that a value model can be the critic of a policy.
+
+    Raises:
+        ValueError: it has no `score` head with one output.
+        SpecError: it breaks a rule of `plan.check_value_model`.
+    """
     if value_model is None:
         return
     score = getattr(value_model, "score", None)
@@ -128,6 +142,9 @@ def check_value_model(value_model: nn.Module | None) -> None:
             f"value_model is a {type(value_model).__name__} whose score head has {outputs} outputs; give a "
             "...ForSequenceClassification with num_labels=1, or None for a head on the policy's trunk."
         )
+    issues = list(plan.check_value_model(facts_of(value_model), policy, loc))
+    if issues:
+        raise SpecError(issues)
 
 
 @contextmanager

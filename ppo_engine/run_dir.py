@@ -113,10 +113,10 @@ class RunDir:
         write_atomic(self.spec, spec.model_dump_json(indent=2).encode())
 
     def read_spec(self) -> RunSpec:
-        """Raises SpecError when the file is not JSON, or the spec breaks a rule."""
+        """Raises SpecError when the file is not JSON, or nested beyond reading, or the spec breaks a rule."""
         try:
             raw = json.loads(self.spec.read_bytes())
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise SpecError([Issue(loc=(), msg=f"{self.spec.name} is not JSON: {error}.")]) from None
         return parse(raw)
 
@@ -135,7 +135,9 @@ class RunDir:
         return _read(self.acks, Acks)
 
     def write_result(self, result: Result) -> None:
-        write_atomic(self.result, result.model_dump_json(indent=2).encode())
+        """Say how the engine ended, unless that has been said: what fails first makes the rest fail."""
+        if not self.result.exists():
+            write_atomic(self.result, result.model_dump_json(indent=2).encode())
 
     def read_result(self) -> Result | None:
         return _read(self.result, Result)
@@ -213,11 +215,11 @@ def damage(directory: Path, manifest: Manifest) -> str | None:
     return None
 
 
-def complete_updates(parent: Path) -> list[int]:
-    """The updates N of all directories `update-N` that have a manifest, ascending."""
+def complete_updates(parent: Path, prefix: str = "update") -> list[int]:
+    """The updates N of all directories `<prefix>-N` that have a manifest, ascending."""
     if not parent.is_dir():
         return []
     found: Sequence[tuple[Path, re.Match[str] | None]] = [
-        (path, re.fullmatch(r"update-(\d+)", path.name)) for path in parent.iterdir()
+        (path, re.fullmatch(rf"{prefix}-(\d+)", path.name)) for path in parent.iterdir()
     ]
     return sorted(int(match[1]) for path, match in found if match and read_manifest(path) is not None)

@@ -8,13 +8,19 @@ This module knows no torch, no files, no network.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import PurePath
 from typing import Annotated, Any, Literal
 
 import regex
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, JsonValue, ValidationError
 
+from ppo_engine.findings import IDENTIFIER, NAME, REPOSITORY, rule_and_fix
+from ppo_engine.patterns import fault
+
 SPEC_VERSION: Literal[1] = 1
+DEFAULT_ADAPTER = "default"  # as peft calls an adapter without a name
 
 SECRET_PREFIX = "PROXIMA_SECRET_"
 """Of the variables in a worker's environment that hold the secrets specs may name."""
@@ -23,22 +29,22 @@ _SECRET_OPTION = regex.compile(
     r"(?i)secret|passw|credential|(api|access|private|signing)_?key|(auth|access|api|bearer)_?token"
 )
 
+MAX_ISSUES = 50
+"""So many are told at once."""
+_JSON = json.JSONEncoder(default=str, ensure_ascii=False)
+
 Loc = tuple[str | int, ...]
 
 
 class Issue(BaseModel):
-    """One thing that is wrong with a spec.
+    """One thing that is wrong with a spec."""
 
-    loc:
-        Path of the field, from the spec's root: `("ppo", "stop_token_id")`.
-    msg:
-        What was given, the rule, and the fix, in one or two sentences.
-    """
-
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
 
     loc: Loc
+    """Path of the field, from the spec's root: `("ppo", "stop_token_id")`."""
     msg: str
+    """What was given, the rule, and the fix, in one or two sentences."""
 
     def __str__(self) -> str:
         return f"{'.'.join(map(str, self.loc)) or 'spec'}: {self.msg}"
@@ -65,6 +71,16 @@ class Part(BaseModel):
     )
 
 
+# Numbers: of ranges that no run needs to leave, and in which 32 bits neither overflow nor vanish -----------
+
+Positive = Annotated[float, Field(gt=0, le=1e9)]
+NonNegative = Annotated[float, Field(ge=0, le=1e9)]
+Signed = Annotated[float, Field(ge=-1e9, le=1e9)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1, lt=2**31)]
+Whole = Annotated[int, Field(ge=0, lt=2**31)]
+
+
 # Models ------------------------------------------------------------------------------------------------
 
 
@@ -72,6 +88,7 @@ class LocalModel(Part):
     """A directory in the layout of `save_pretrained`, on a disk the worker sees."""
 
     type: Literal["local"] = "local"
+    """On a disk."""
     path: str = Field(min_length=1)
     """The directory. The service allows only paths inside the roots its operator names."""
 
@@ -80,7 +97,8 @@ class HubModel(Part):
     """A model repository on the Hugging Face hub."""
 
     type: Literal["hub"] = "hub"
-    repo: str = Field(pattern=r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
+    """On the hub."""
+    repo: str = Field(pattern=REPOSITORY)
     """`owner/name`."""
     revision: str = Field(default="main", min_length=1)
     """Branch, tag, or commit; a commit makes the run repeatable."""
@@ -95,9 +113,9 @@ ModelSource = Annotated[LocalModel | HubModel, Discriminator("type")]
 class Prompts(Part):
     """The prompt files of a run, by id. In a run directory they lie at `data/<id>.jsonl`."""
 
-    train: str = Field(pattern=r"^[A-Za-z0-9_-]+$")
+    train: str = Field(pattern=IDENTIFIER)
     """Prompts to train on."""
-    eval: str | None = Field(default=None, pattern=r"^[A-Za-z0-9_-]+$")
+    eval: str | None = Field(default=None, pattern=IDENTIFIER)
     """Held-out prompts, scored every `ppo.eval_steps` updates."""
 
 
@@ -108,12 +126,14 @@ class ValueHead(Part):
     """A linear head on the policy's own trunk: one forward serves policy and value."""
 
     type: Literal["head"] = "head"
+    """On the policy's trunk."""
 
 
 class ValueModel(Part):
     """A critic with a trunk of its own, trained in full."""
 
     type: Literal["model"] = "model"
+    """A model of its own."""
     source: ModelSource | None = None
     """Where the critic starts; by default the policy's model with a new head of zeros."""
 
@@ -125,22 +145,28 @@ class Full(Part):
     """Every weight of the policy is trained."""
 
     type: Literal["full"] = "full"
+    """Full fine-tuning."""
     value: Value = ValueModel()
+    """The critic."""
 
 
 class Lora(Part):
     """Low-rank adapters on a frozen base (peft's names); the base without them is the reference."""
 
     type: Literal["lora"] = "lora"
+    """Low-rank adapters."""
     r: int = Field(default=16, ge=1, le=4096)
-    lora_alpha: int = Field(default=32, ge=1)
+    """Their rank."""
+    lora_alpha: Count = 32
+    """Their output is scaled by `lora_alpha / r`."""
     target_modules: Annotated[tuple[str, ...], Field(strict=False, min_length=1)] | Literal["all-linear"] = (
         "all-linear"
     )
     """Names of linear modules, matched by their last component(s), or all of them but the output layer."""
-    adapters: dict[str, ModelSource] = Field(default_factory=dict)
+    adapters: dict[str, ModelSource] = Field(default_factory=dict, max_length=64)
     """Adapters to load under a name, for `ppo.model_adapter_name` and `ppo.ref_adapter_name`."""
     value: Value = ValueHead()
+    """The critic."""
 
 
 Method = Annotated[Full | Lora, Discriminator("type")]
@@ -152,16 +178,19 @@ Method = Annotated[Full | Lora, Discriminator("type")]
 class RewardPart(Part):
     """What all rewards share. A row's score is the weighted sum over the rewards of a run."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")
+    name: str = Field(pattern=NAME)
     """Names the metric `reward/<name>`; unique in the run."""
-    weight: float = 1.0
+    weight: Signed = 1.0
+    """Of this reward in the sum; below 0 it punishes."""
 
 
 class ModelReward(RewardPart):
     """The scalar of a sequence-classification model, read at the last token of prompt and response."""
 
     type: Literal["model"] = "model"
+    """By a model."""
     source: ModelSource
+    """The model; it has one label."""
     chat_template: bool = False
     """Render prompt and response with the reward model's own chat template."""
 
@@ -170,6 +199,7 @@ class StringCheck(RewardPart):
     """1 when the response compares with the reference as asked, else 0."""
 
     type: Literal["string_check"] = "string_check"
+    """By comparison with a text."""
     operation: Literal["eq", "ne", "like", "ilike"] = "eq"
     """Equal, not equal, contains, contains ignoring case."""
     reference: str | None = None
@@ -182,16 +212,22 @@ class Regex(RewardPart):
     """`match` when the pattern is found in the response, else `no_match`."""
 
     type: Literal["regex"] = "regex"
+    """By a pattern."""
     pattern: str = Field(min_length=1, max_length=1000)
-    match: float = 1.0
-    no_match: float = 0.0
+    """In the syntax of Python's `regex`; found anywhere in the response."""
+    match: Signed = 1.0
+    """Where it is found."""
+    no_match: Signed = 0.0
+    """Where it is not."""
 
 
 class Length(RewardPart):
     """Minus the relative distance from a target length: 0 at the target, -1 at twice the target."""
 
     type: Literal["length"] = "length"
-    target: int = Field(ge=1)
+    """By length."""
+    target: Count
+    """The best length."""
     unit: Literal["token", "text"] = "token"
     """Tokens of the response, or characters of its text."""
 
@@ -200,6 +236,7 @@ class Plugin(RewardPart):
     """A reward the operator installed: an entry point of the group `proxima.rewards`."""
 
     type: Literal["plugin"] = "plugin"
+    """By a plug-in."""
     plugin: str = Field(min_length=1)
     """The entry point's name."""
     options: dict[str, JsonValue] = Field(default_factory=dict)
@@ -211,11 +248,6 @@ Reward = Annotated[ModelReward | StringCheck | Regex | Length | Plugin, Discrimi
 
 
 # PPO ---------------------------------------------------------------------------------------------------
-
-Positive = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=1, lt=2**31)]
 
 
 class Hyperparameters(Part):
@@ -237,11 +269,11 @@ class Hyperparameters(Part):
     """Rows sampled and scored at a time, per process."""
     response_length: Count = 53
     """Most tokens of a response."""
-    temperature: Positive = 0.7
+    temperature: Annotated[float, Field(ge=1e-3, le=1e3)] = 0.7
     """Of sampling, and of every log-probability."""
     stop_token: Literal["eos"] | None = None
     """`eos`: responses end after the tokenizer's end-of-sequence token."""
-    stop_token_id: Annotated[int, Field(ge=0)] | None = None
+    stop_token_id: Whole | None = None
     """Or the id of the token they end after."""
     missing_eos_penalty: Positive | None = None
     """Taken off the score of a response that did not reach its stop token."""
@@ -262,17 +294,22 @@ class Hyperparameters(Part):
     lam: Fraction = 0.95
     """Lambda of generalised advantage estimation."""
     learning_rate: Positive = 3e-6
+    """Of AdamW, at its highest."""
     lr_scheduler_type: Literal["linear", "constant", "cosine", "constant_with_warmup"] = "linear"
     """How the learning rate moves over the updates of the run."""
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    warmup_steps: Whole = 0
     """Updates over which the learning rate rises from 0."""
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Decay of AdamW's mean of gradients."""
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
-    adam_epsilon: Positive = 1e-8
+    """Decay of AdamW's mean of squared gradients."""
+    adam_epsilon: Annotated[float, Field(ge=1e-30, le=1)] = 1e-8
+    """Keeps AdamW's division from 0."""
     weight_decay: NonNegative = 0.0
+    """AdamW's pull of weights towards 0."""
     max_grad_norm: NonNegative = 1.0
     """Gradients are scaled down to this norm; 0: never."""
-    seed: Annotated[int, Field(ge=0, lt=2**31)] = 42
+    seed: Whole = 42
     """Of every draw: order of prompts, sampling, shuffles, new weights."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
@@ -280,11 +317,11 @@ class Hyperparameters(Part):
     """Updates between checkpoints; the last update always makes one."""
     eval_steps: Count | None = None
     """Updates between evaluations on `prompts.eval`."""
-    num_sample_generations: Annotated[int, Field(ge=0)] = 10
+    num_sample_generations: Whole = 10
     """How often in the run sample completions are reported."""
-    model_adapter_name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9_-]{1,64}$")
+    model_adapter_name: str | None = Field(default=None, pattern=NAME)
     """The adapter that is trained; by default a new one."""
-    ref_adapter_name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9_-]{1,64}$")
+    ref_adapter_name: str | None = Field(default=None, pattern=NAME)
     """The adapter that is the reference, instead of the base without any."""
 
 
@@ -303,13 +340,64 @@ class RunSpec(Part):
     """A PPO fine-tuning run, whole."""
 
     version: Literal[1] = SPEC_VERSION
+    """Of this vocabulary."""
     model: ModelSource
     """The policy before training, and the reference."""
     prompts: Prompts
+    """What the policy answers."""
     method: Method = Lora()
+    """Which weights are trained."""
     rewards: Annotated[tuple[Reward, ...], Field(strict=False, min_length=1, max_length=32)]
+    """What makes a response good: a weighted sum."""
     ppo: Hyperparameters = Hyperparameters()
+    """How it is trained."""
     resources: Resources = Resources()
+    """What it is trained with."""
+
+
+def sources(spec: RunSpec) -> Iterator[tuple[Loc, ModelSource]]:
+    """Every model a spec names, with its place in the spec."""
+    yield ("model",), spec.model
+    if isinstance(spec.method.value, ValueModel) and spec.method.value.source is not None:
+        yield ("method", "value", "source"), spec.method.value.source
+    if isinstance(spec.method, Lora):
+        for name, source in spec.method.adapters.items():
+            yield ("method", "adapters", name), source
+    for index, reward in enumerate(spec.rewards):
+        if isinstance(reward, ModelReward):
+            yield ("rewards", index, "source"), reward.source
+
+
+def trained_from(lora: Lora, ppo: Hyperparameters) -> str | None:
+    """The name in `method.adapters` that the trained adapter starts as; None: it is new.
+
+    Where another adapter is the reference, the trained one starts as that, so that the KL starts at 0.
+    """
+    trained = ppo.model_adapter_name or DEFAULT_ADAPTER
+    return trained if trained in lora.adapters else ppo.ref_adapter_name
+
+
+def identity(spec: RunSpec) -> dict[str, JsonValue]:
+    """What must be the same for a run to go on, beside its hyperparameters: fields by their dotted names.
+
+    A local model is known by the last part of its path: where it lies may differ between machines.
+    """
+    raw = spec.model_dump(mode="json", include={"model": True, "method": True, "rewards": True})
+    for loc, source in sources(spec):
+        if isinstance(source, LocalModel):
+            part: Any = raw
+            for step in loc:
+                part = part[step]
+            part["path"] = PurePath(source.path).name
+    return {"prompts.train": spec.prompts.train, **dict(_flat(raw))}
+
+
+def _flat(value: JsonValue, *path: str) -> Iterator[tuple[str, JsonValue]]:
+    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for name, part in parts:
+        yield from _flat(part, *path, str(name))
+    if not isinstance(value, dict | list):
+        yield ".".join(path), value
 
 
 # Reading -----------------------------------------------------------------------------------------------
@@ -328,7 +416,7 @@ def parse(raw: object) -> RunSpec:
         raise SpecError(issues_of(error, raw)) from None
     issues = list(check_fields(spec))
     if issues:
-        raise SpecError(issues)
+        raise SpecError(shortened(issues, len(issues)))
     return spec
 
 
@@ -347,17 +435,22 @@ def upgrade(raw: Mapping[str, Any], version: int) -> dict[str, Any]:
 
 def issues_of(error: ValidationError, raw: object) -> list[Issue]:
     """The issues of a failed validation, with the path as the user wrote it and what was given."""
-    issues: dict[Loc, Issue] = {}
+    found: dict[Loc, Mapping[str, Any]] = {}
     for detail in error.errors(include_url=False, include_context=True):
-        loc = _user_loc(detail["loc"], raw, detail["type"])
         # A union reports each of its members; the first stands for the field.
-        issues.setdefault(loc, Issue(loc=loc, msg=_message(detail["type"], detail["msg"], detail["input"])))
+        found.setdefault(_user_loc(detail["loc"], raw, detail["type"]), detail)
     # What is wrong inside a field makes pydantic complain of the field too.
-    return [issue for loc, issue in issues.items() if not any(_is_inside(other, loc) for other in issues)]
+    outer = {loc[:end] for loc in found for end in range(len(loc))}
+    inner = {loc: detail for loc, detail in found.items() if loc not in outer}
+    return shortened((Issue(loc=loc, msg=told(detail)) for loc, detail in inner.items()), len(inner))
 
 
-def _is_inside(loc: Loc, outer: Loc) -> bool:
-    return len(loc) > len(outer) and loc[: len(outer)] == outer
+def shortened(issues: Iterable[Issue], total: int) -> list[Issue]:
+    """The first `MAX_ISSUES` of so many; where there are more, the last says how many."""
+    first = list(islice(issues, MAX_ISSUES))
+    more = total - len(first)
+    last = [Issue(loc=(), msg=f"{more} more things are wrong; correct those named first.")] if more else []
+    return first + last
 
 
 def _user_loc(loc: Loc, raw: object, kind: str) -> Loc:
@@ -376,18 +469,30 @@ def _user_loc(loc: Loc, raw: object, kind: str) -> Loc:
     return tuple(path)
 
 
-def _message(kind: str, msg: str, given: object) -> str:
+def told(detail: Mapping[str, Any]) -> str:
+    """One of pydantic's findings as a message: what was given, the rule, and the fix."""
+    kind, given = detail["type"], detail["input"]
     if kind == "missing":
-        return "Nothing given; this field is required."
+        return "Nothing given; this field is required: add it."
     if kind == "extra_forbidden":
         return f"{shown(given)} given for an unknown field; remove it, or correct its name."
-    return f"{shown(given)} given. {msg}."
+    return f"{shown(given)} given. {rule_and_fix(kind, detail['msg'], detail.get('ctx', {}))}"
 
 
 def shown(value: object, limit: int = 80) -> str:
-    """A value as an error message shows it: JSON, cut at `limit` characters."""
-    text = json.dumps(value, default=str, ensure_ascii=False)
-    return text if len(text) <= limit else f"{text[:limit]}…"
+    """A value as an error message shows it: JSON, cut at `limit` characters.
+
+    Written piece by piece, and no further than it is shown: so it takes values of any size and depth.
+    """
+    text = ""
+    try:
+        for piece in _JSON.iterencode(value):
+            text += piece
+            if len(text) > limit:
+                return f"{text[:limit]}…"
+    except (TypeError, ValueError):  # keys that are no text; integers of thousands of digits
+        return f"{text}…"
+    return text
 
 
 # Rules between fields ------------------------------------------------------------------------------------
@@ -449,13 +554,8 @@ def _check_rewards(rewards: Sequence[RewardPart]) -> Iterator[Issue]:
 
 
 def _check_pattern(reward: Regex, index: int) -> Iterator[Issue]:
-    try:
-        regex.compile(reward.pattern)
-    except regex.error as error:
-        yield Issue(
-            loc=("rewards", index, "pattern"),
-            msg=f"{shown(reward.pattern)} given; not a regular expression of Python's regex module: {error}.",
-        )
+    if (why := fault(reward.pattern)) is not None:
+        yield Issue(loc=("rewards", index, "pattern"), msg=f"{shown(reward.pattern)} given; {why}.")
 
 
 def _check_options(reward: Plugin, index: int) -> Iterator[Issue]:
@@ -507,7 +607,7 @@ def _check_adapters(spec: RunSpec) -> Iterator[Issue]:
             loc=("ppo", "ref_adapter_name"),
             msg=f"{shown(ref)} given; method.adapters has {shown(sorted(adapters))}: add it there.",
         )
-    if ref == (spec.ppo.model_adapter_name or "default"):
+    if ref == (spec.ppo.model_adapter_name or DEFAULT_ADAPTER):
         yield Issue(
             loc=("ppo", "ref_adapter_name"),
             msg=f"{shown(ref)} given, which is also the adapter that is trained; the reference must stay: "

@@ -9,17 +9,26 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
+from pydantic import JsonValue
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerState
-from transformers.trainer_utils import TrainOutput, set_seed
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import (
+    PREFIX_CHECKPOINT_DIR,
+    HubStrategy,
+    TrainOutput,
+    set_seed,
+    speed_metrics,
+)
 
 from ppo_engine import checkpoint
 from ppo_engine.actor_critic import ActorCritic, causal_lm
@@ -30,18 +39,16 @@ from ppo_engine.experience import TokenScores, experience_of
 from ppo_engine.learn import Learner
 from ppo_engine.metrics import (
     Clock,
-    response_metrics,
-    reward_means,
+    evaluation_metrics,
     samples_of,
     time_metrics,
     update_metrics,
 )
 from ppo_engine.parallel import Parallel
-from ppo_engine.prompts import Prompt, read_dataset, rows_of_update
+from ppo_engine.prompts import Prompt, digest, read_dataset, rows_of_update
 from ppo_engine.rewards import Reward, Scorer, Scores
 from ppo_engine.rewards.script import scorer_of
 from ppo_engine.roles import (
-    DEFAULT_ADAPTER,
     build_policy,
     check_output_layer,
     check_value_model,
@@ -56,7 +63,7 @@ from ppo_engine.roles import (
 )
 from ppo_engine.rollout.collect import Collector
 from ppo_engine.run_dir import complete_updates
-from ppo_engine.spec import Loc
+from ppo_engine.spec import DEFAULT_ADAPTER, Issue, Loc, SpecError
 
 _SAMPLES_SHOWN = 5
 
@@ -82,7 +89,8 @@ class PPOTrainer(Trainer):
         reward functions.
     value_model: a sequence-classification model with one label; None: a head on the policy's trunk.
     data_collator: changes each row before its `input_ids` are read, as a collator of one row.
-    eval_dataset: prompts to evaluate on and to show completions of.
+    eval_dataset: prompts to evaluate on and to show completions of, or several such data sets by name.
+        Without, the completions shown are those that were trained on.
     optimizers: optimizer and schedule, instead of those that `args` describe.
     peft_config: wrap the policy with a new adapter.
 
@@ -121,14 +129,17 @@ class PPOTrainer(Trainer):
                 "model and ref_model are the same object, so the reference would move with the policy; "
                 "give a copy, or None to have one made (with adapters: the base serves as the reference)."
             )
-        self.ppo, self.plan = check_args(args, len(train_dataset), facts_of(model, processing_class))
+        facts = facts_of(model, processing_class)
+        targets = None if isinstance(model, PeftModel) else getattr(peft_config, "target_modules", None)
+        self.ppo, self.plan = check_args(args, len(train_dataset), facts, targets)
+        _require_eval_prompts(args, eval_dataset)
         self.stop_token_id = _stop_token_id(args, processing_class)
         set_seed(args.seed)
         policy = build_policy(model, peft_config, args.model_adapter_name)
         self.is_peft_model = isinstance(policy, PeftModel)
         if args.ref_adapter_name is not None:
             require_adapter(policy, args.ref_adapter_name, "ref_adapter_name")
-        check_value_model(value_model)
+        check_value_model(value_model, facts)
         if ref_model is None and not self.is_peft_model:
             ref_model = frozen_copy(policy)
         self.ref_model = ref_model
@@ -142,6 +153,8 @@ class PPOTrainer(Trainer):
         if self.stop_token_id is not None:
             causal_lm(policy).generation_config.eos_token_id = self.stop_token_id
         actor_critic = ActorCritic(policy, value_model, value_head=True)
+        if optimizers[0] is not None:
+            _require_all_parameters(optimizers[0], actor_critic)
         use_cache = actor_critic.config.use_cache
         super().__init__(
             model=actor_critic,
@@ -159,9 +172,7 @@ class PPOTrainer(Trainer):
         self.state = PPOTrainerState(**vars(self.state))
         self.parallel = Parallel(self.accelerator, self.ppo.max_grad_norm)
         self.prompts = self._read_prompts(train_dataset, "train_dataset", data_collator)
-        self.eval_prompts = (
-            [] if eval_dataset is None else self._read_prompts(eval_dataset, "eval_dataset", data_collator)
-        )
+        self.eval_prompts = self._read_eval_prompts(eval_dataset, data_collator)
         self._prepare()
         scorer = scorer_of(reward_model, processing_class, self.parallel.device)
         self.collector = Collector(self.parallel, processing_class, self.ppo, self.stop_token_id, scorer)
@@ -179,6 +190,20 @@ class PPOTrainer(Trainer):
             loc=self.prompts_loc(name),
         )
 
+    def _read_eval_prompts(
+        self, given: Any, data_collator: Callable[..., Any] | None
+    ) -> dict[str, list[Prompt]]:
+        """By what follows "eval" in the names of their metrics: nothing, or the name of each of several."""
+        if given is None:
+            return {}
+        several = (
+            {f"/{name}": rows for name, rows in given.items()} if isinstance(given, Mapping) else {"": given}
+        )
+        return {
+            suffix: self._read_prompts(rows, "eval_dataset", data_collator)
+            for suffix, rows in several.items()
+        }
+
     def prompts_loc(self, name: str) -> Loc:
         """What messages call a data set; a program has other names for it."""
         return (name,)
@@ -194,7 +219,7 @@ class PPOTrainer(Trainer):
         self.reference: nn.Module | None = None
         if self.ref_model is not None:
             reference = ActorCritic(self.ref_model, None, value_head=False).requires_grad_(False).eval()
-            self.reference = self.parallel.prepare_frozen(reference)
+            self.reference = self.parallel.prepare_frozen(reference, self.model_wrapped)
         self.learner = Learner(self.parallel, self.model_wrapped, self.optimizer, self.ppo)
 
     # The reference -------------------------------------------------------------------------------------
@@ -213,7 +238,8 @@ class PPOTrainer(Trainer):
 
     def _reference_logprobs(self, rollout: Rollout) -> Tensor:
         if self.reference is not None:
-            return self.learner.score(self.reference, rollout, with_value=False)[0]
+            with self.accelerator.autocast():  # what is prepared computes under it by itself
+                return self.learner.score(self.reference, rollout, with_value=False)[0]
         with self.null_ref_context():
             return self.learner.score(self.model_wrapped, rollout, with_value=False)[0]
 
@@ -232,9 +258,13 @@ class PPOTrainer(Trainer):
             RewardError: a reward failed.
         """
         self._begin(resume_from_checkpoint)
+        start_time, losses = time.time(), []
+        if self.args.eval_on_start and self.state.global_step == 0:
+            self.evaluate()
         while self.state.global_step < self.plan.num_total_batches and not self.control.should_training_stop:
             self.control = self.callback_handler.on_step_begin(self.args, self.state, self.control)
             metrics = self._update(self.state.global_step + 1)
+            losses.append(metrics["loss/policy_avg"] + self.ppo.vf_coef * metrics["loss/value_avg"])
             self.state.global_step += 1
             self.state.episode += self.plan.batch_size
             self.state.epoch = self.state.episode / len(self.prompts)
@@ -242,16 +272,26 @@ class PPOTrainer(Trainer):
             self._log_evaluate_save(metrics)
         self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
         self.is_in_train = False
-        return TrainOutput(self.state.global_step, 0.0, {})
+        return self._train_output(losses, start_time)
+
+    def _train_output(self, losses: Sequence[float], start_time: float) -> TrainOutput:
+        """Of the updates of this call: the mean loss, and how fast they were."""
+        loss = sum(losses) / len(losses) if losses else math.nan
+        episodes = len(losses) * self.plan.batch_size
+        speed = speed_metrics("train", start_time, episodes, len(losses))  # type: ignore[no-untyped-call]
+        return TrainOutput(self.state.global_step, loss, {**speed, "train_loss": loss})
 
     def _begin(self, resume_from_checkpoint: str | Path | bool | None) -> None:
         self.is_in_train = True
-        self.state.max_steps = self.plan.num_total_batches
-        self.state.num_train_epochs = math.ceil(self.plan.total_episodes / len(self.prompts))
-        self.state.compute_steps(self.args, self.plan.num_total_batches)  # type: ignore[no-untyped-call]
         directory = self._checkpoint_to_resume(resume_from_checkpoint)
         if directory is not None:
             self.load_checkpoint(directory)
+        # After loading: when to log, evaluate, and save is as it is asked for now.
+        self.state.max_steps = self.plan.num_total_batches
+        self.state.num_train_epochs = math.ceil(self.plan.total_episodes / len(self.prompts))
+        self.state.compute_steps(self.args, self.plan.num_total_batches)  # type: ignore[no-untyped-call]
+        for name in ("model", "optimizer", "lr_scheduler"):
+            setattr(self.callback_handler, name, getattr(self, name))
         self.control = self.callback_handler.on_train_begin(self.args, self.state, self.control)
 
     def _update(self, update: int) -> dict[str, float]:
@@ -278,9 +318,12 @@ class PPOTrainer(Trainer):
         self.lr_scheduler.step()
         clock.lap("update")
         if self._is_sample_due(update):
-            self._show_samples(rollout, scores)
+            if self.eval_prompts:
+                self.generate_completions(sampling=True)
+            else:
+                self._show_samples(rollout, scores)
         return {
-            **update_metrics(rollout, scores, experience, kl_BR, self.ppo.kl_coef),
+            **update_metrics(rollout, scores, experience, kl_BR, self.ppo),
             **stats.metrics(),
             "lr": learning_rate,
             "episode": float(update * self.plan.batch_size),
@@ -292,11 +335,8 @@ class PPOTrainer(Trainer):
         policy = self.model.policy
         is_sharded = self.parallel.zero_stage == 3
         gathers = is_sharded and self.args.ds3_gather_for_generation
-        with (
-            generation_mode(policy),
-            self.parallel.gathered(policy.parameters() if gathers else ()),
-            self.accelerator.autocast(),
-        ):
+        whole = self.parallel.standing_alone(self.model_wrapped, policy) if gathers else nullcontext()
+        with generation_mode(policy), whole, self.accelerator.autocast():
             return self.collector.sample(
                 causal_lm(policy),
                 prompts,
@@ -321,35 +361,41 @@ class PPOTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Sample a response to every evaluation prompt, score them, and log the means."""
-        prompts = (
-            self.eval_prompts
-            if eval_dataset is None
-            else self._read_prompts(eval_dataset, "eval_dataset", None)
-        )
-        # The numbers of update 0: every evaluation of a run draws alike, so that its curve is smooth.
-        rollout = self._sample(prompts, 0, Purpose.EVALUATION, self.ppo.temperature)
-        scores = self.collector.score(rollout)
-        metrics = {
-            f"{metric_key_prefix}/scores": sum(scores.totals) / len(rollout),
-            **reward_means(scores, f"{metric_key_prefix}/reward"),
-            **response_metrics(rollout, metric_key_prefix),
-        }
+        """Sample a response to every evaluation prompt, score them, and log the means.
+
+        eval_dataset: instead of the constructor's. Of several data sets, the metrics of each are named
+        `<metric_key_prefix>/<name>/…`.
+
+        Raises:
+            ValueError: there is no data set.
+        """
+        given = self._read_eval_prompts(eval_dataset, None) or self.eval_prompts
+        if not given:
+            raise ValueError("evaluate() has no prompts; give eval_dataset to it, or to the constructor.")
+        metrics: dict[str, float] = {}
+        for suffix, prompts in given.items():
+            # The numbers of update 0: every evaluation of a run draws alike, so that its curve is smooth.
+            rollout = self._sample(prompts, 0, Purpose.EVALUATION, self.ppo.temperature)
+            scores = self.collector.score(rollout)
+            metrics |= evaluation_metrics(rollout, scores, self.ppo, metric_key_prefix + suffix)
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def generate_completions(self, sampling: bool = False) -> None:
         """Show the most likely responses to the evaluation prompts; `sampling`: to a few of them only."""
-        if not self.eval_prompts:
+        prompts = [prompt for prompts in self.eval_prompts.values() for prompt in prompts]
+        if not prompts:
             return
-        prompts = self.eval_prompts[:_SAMPLES_SHOWN] if sampling else self.eval_prompts
+        if sampling:
+            prompts = prompts[:_SAMPLES_SHOWN]
         rollout = self._sample(prompts, 0, Purpose.SAMPLES, 0.0)
         self._show_samples(rollout, self.collector.score(rollout))
 
     def _is_sample_due(self, update: int) -> bool:
+        """True that many times in a run, from its first update on, in even steps."""
         times = self.ppo.num_sample_generations
-        return times > 0 and (update - 1) % max(1, self.plan.num_total_batches // times) == 0
+        return (update - 1) * times % self.plan.num_total_batches < times
 
     def _show_samples(self, rollout: Rollout, scores: Scores) -> None:
         if self.parallel.is_main:
@@ -378,7 +424,16 @@ class PPOTrainer(Trainer):
             self.args.model_adapter_name or DEFAULT_ADAPTER,
         )
         if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+            self.push_to_hub(commit_message="Model save")
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Trainer's, of the policy: that is what is pushed."""
+        actor_critic = self.model
+        self.model = actor_critic.policy  # type: ignore[assignment]
+        try:
+            super().create_model_card(*args, **kwargs)
+        finally:
+            self.model = actor_critic
 
     def save_checkpoint(self, directory: Path, metrics: dict[str, Any] | None = None) -> None:
         """Write everything that `load_checkpoint` needs to go on exactly. Every process calls this."""
@@ -389,12 +444,23 @@ class PPOTrainer(Trainer):
     def _fill_checkpoint(self, directory: Path) -> None:
         self.parallel.save_state(directory, self.model_wrapped, self.optimizer)
         if self.parallel.is_main:
+            self.state.stateful_callbacks = self._callback_states()
             self.state.save_to_json(str(directory / checkpoint.TRAINER_STATE))
             state = {"run": self._run_identity(), "schedule": self.lr_scheduler.state_dict()}
             checkpoint.write_run_state(directory, {**state, **self.extra_state()})
 
+    def _callback_states(self) -> Any:
+        parts = [*self.callback_handler.callbacks, self.control]
+        return TrainerState(
+            stateful_callbacks=[part for part in parts if isinstance(part, ExportableState)]  # type: ignore[misc]
+        ).stateful_callbacks
+
     def extra_state(self) -> dict[str, Any]:
         """JSON that a program adds to a checkpoint's run state."""
+        return {}
+
+    def extra_identity(self) -> dict[str, JsonValue]:
+        """JSON that a program adds to what must be the same for a run to go on."""
         return {}
 
     def load_checkpoint(self, directory: Path) -> None:
@@ -410,6 +476,7 @@ class PPOTrainer(Trainer):
         self.state = PPOTrainerState.load_from_json(str(directory / checkpoint.TRAINER_STATE))
         self.state.is_local_process_zero = self.is_local_process_zero()
         self.state.is_world_process_zero = self.is_world_process_zero()
+        self._load_callback_state()
 
     def _run_identity(self) -> dict[str, Any]:
         """What must be the same for a run to go on as it began."""
@@ -417,22 +484,54 @@ class PPOTrainer(Trainer):
             **self.ppo.model_dump(exclude={"save_steps", "eval_steps", "num_sample_generations"}),
             "world_size": self.plan.world_size,
             "num_total_batches": self.plan.num_total_batches,
-            "prompts": len(self.prompts),
+            "prompts": f"{len(self.prompts)} rows, sha256 {digest(self.prompts)}",
+            "reward_weights": {reward.name: reward.weight for reward in self.collector.scorer.rewards},
+            **self.extra_identity(),
         }
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        root = self._output_dir
-        self.save_checkpoint(root / f"update-{self.state.global_step}")
-        if self.args.push_to_hub:
-            self.save_model(str(self._output_dir))
+        """Named as Trainer names it, and with the policy in it, so that others load it from there."""
+        root, update = self._output_dir, self.state.global_step
+
+        def fill(directory: Path) -> None:
+            self._fill_checkpoint(directory)
+            self.save_model(str(directory), _internal_call=True)
+
+        checkpoint.write(root / f"{PREFIX_CHECKPOINT_DIR}-{update}", update, self.parallel, fill, {})
+        if self.args.push_to_hub and self.args.hub_strategy == HubStrategy.EVERY_SAVE:
+            self.push_to_hub(commit_message=f"Training in progress, step {update}")
         if self.parallel.is_main and self.args.save_total_limit:
-            for update in complete_updates(root)[: -self.args.save_total_limit]:
-                shutil.rmtree(root / f"update-{update}")
+            for old in complete_updates(root, PREFIX_CHECKPOINT_DIR)[: -self.args.save_total_limit]:
+                shutil.rmtree(root / f"{PREFIX_CHECKPOINT_DIR}-{old}")
 
     def _checkpoint_to_resume(self, resume_from_checkpoint: str | Path | bool | None) -> Path | None:
         if resume_from_checkpoint is True:
-            return checkpoint.newest_whole(self._output_dir, self.accelerator.print)
+            return checkpoint.newest_whole(self._output_dir, self.accelerator.print, PREFIX_CHECKPOINT_DIR)
         return Path(resume_from_checkpoint) if resume_from_checkpoint else None
+
+
+def _require_eval_prompts(args: PPOConfig, eval_dataset: Any) -> None:
+    """Raises SpecError where an evaluation is asked for, and nothing given to evaluate on."""
+    if eval_dataset is None and (args.eval_on_start or args.eval_strategy != "no"):
+        asked = "eval_on_start" if args.eval_on_start else "eval_strategy"
+        msg = f"Nothing given, and {asked} asks for an evaluation; give prompts to evaluate on."
+        raise SpecError([Issue(loc=("eval_dataset",), msg=msg)])
+
+
+def _require_all_parameters(optimizer: torch.optim.Optimizer, module: nn.Module) -> None:
+    """Raises ValueError where a script's optimizer lacks parameters, which would never be trained."""
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    lacking = [
+        name
+        for name, parameter in module.named_parameters()
+        if parameter.requires_grad and id(parameter) not in held
+    ]
+    if lacking:
+        raise ValueError(
+            f"The optimizer in optimizers lacks {len(lacking)} parameters that are to be trained, such as "
+            f"{', '.join(lacking[:4])}: give it those of the policy and of a value_model that you make, or "
+            "leave optimizers out (a value head is made by the trainer, and so is an adapter of peft_config)."
+        )
 
 
 def _stop_token_id(args: PPOConfig, tokenizer: Any) -> int | None:

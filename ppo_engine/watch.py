@@ -2,7 +2,11 @@
 
 Rank 0 reads `control.json`; every process watches its parent and signals. A run stops at the end of its
 update; where that does not come within a grace period after the lease or the parent went, the process ends
-itself: a worker that was stopped or killed can kill nothing. Knows no torch.
+itself: a worker that was stopped or killed can kill nothing.
+
+The parent of a rank is its launcher, where there is one. That whoever started the launcher is gone cannot be
+seen from here, but by the lease, which nobody renews then; a starter that wants the ranks to end sooner must
+see to it that its launcher and they do not outlive it. Knows no torch.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ from ppo_engine.run_dir import Reason, Result, RunDir
 
 _POLL_SECONDS = 0.5
 _GRACE_SECONDS = 10.0
+_POLITE = (signal.SIGTERM, signal.SIGINT)
 EXIT_ABANDONED = 75
 
 
@@ -37,15 +42,18 @@ class Watch:
         self._over = threading.Event()
 
     def __enter__(self) -> Watch:
-        self._handler = signal.signal(signal.SIGTERM, self._on_signal)
+        self._handlers = {number: signal.signal(number, self._on_signal) for number in _POLITE}
         threading.Thread(target=self._look_out, name="watch", daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._over.set()
-        signal.signal(signal.SIGTERM, self._handler)
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self._signalled:
+            raise KeyboardInterrupt  # somebody at a terminal who does not want to wait for the update's end
         self._signalled = True
 
     def reason(self) -> Reason | None:

@@ -68,7 +68,8 @@ def emptied_postgres(new_postgres: NewDatabase) -> NewDatabase:
     url = new_postgres()
 
     def empty() -> str:
-        servers.execute(make_url(url), "DELETE FROM projects")  # everything else goes with them
+        # Everything else goes with the projects.
+        servers.execute(make_url(url), "DELETE FROM projects; DELETE FROM deletions")
         return url
 
     return empty

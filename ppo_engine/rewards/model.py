@@ -69,8 +69,10 @@ class ModelReward:
                 name_or_path, revision=revision, dtype=dtype, use_safetensors=True, output_loading_info=True
             )
             tokenizer = AutoTokenizer.from_pretrained(name_or_path, revision=revision)
-        except (OSError, ValueError) as error:  # what transformers raises for a model it cannot find or read
-            raise RewardError(f"{name_or_path} cannot be loaded: {error}") from error
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # the files are anybody's; the libraries raise whatever they meet in them
+            raise RewardError(f"{name_or_path} cannot be loaded: {type(error).__name__}: {error}") from error
         if loaded["missing_keys"]:
             raise RewardError(
                 f"{name_or_path} lacks the weights {shown(sorted(loaded['missing_keys']))}, which would be "

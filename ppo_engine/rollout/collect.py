@@ -7,18 +7,16 @@ it does not know how a model is made ready for sampling.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 from ppo_engine.batch import Rollout
 from ppo_engine.draws import Purpose
 from ppo_engine.parallel import Parallel
 from ppo_engine.prompts import Prompt
-from ppo_engine.rewards import RewardBatch, Scorer, Scores
+from ppo_engine.rewards import RewardBatch, RewardError, Scorer, Scores
 from ppo_engine.rollout.generate import Response, generate
 from ppo_engine.rollout.sampling import row_uniforms
 from ppo_engine.spec import Hyperparameters
-
-_T = TypeVar("_T")
 
 
 class Collector:
@@ -45,19 +43,27 @@ class Collector:
         temperature: float,
         in_step: bool,
     ) -> Rollout:
-        """One response per prompt. in_step: every process must take part in every forward of the model."""
-        mine = self._mine(range(len(prompts)))
-        responses = generate(
-            model,
-            [prompts[row].ids for row in mine],
-            row_uniforms(self.ppo.seed, update, mine, self.ppo.response_length, purpose),
-            temperature=temperature,
-            stop_token_id=self.stop_token_id,
-            batch_rows=self.ppo.local_rollout_forward_batch_size,
-            device=self.parallel.device,
-            any_running=self.parallel.any if in_step else None,
-        )
-        return self._rollout(prompts, self._gathered(responses, len(prompts)))
+        """One response per prompt. in_step: every process must take part in every forward of the model.
+
+        Raises:
+            FloatingPointError: the logits were not numbers, on any process.
+        """
+        mine = self._mine(len(prompts))
+        # As many rows as any other process, so as many forwards: the first row stands in, and is left out.
+        rows = mine + [0] * (self._per_process(len(prompts)) - len(mine))
+        with self.parallel.together(FloatingPointError):
+            responses = generate(
+                model,
+                [prompts[row].ids for row in rows],
+                row_uniforms(self.ppo.seed, update, rows, self.ppo.response_length, purpose),
+                temperature=temperature,
+                stop_token_id=self.stop_token_id,
+                batch_rows=self.ppo.local_rollout_forward_batch_size,
+                device=self.parallel.device,
+                any_running=self.parallel.any if in_step else None,
+            )
+        parts = self.parallel.gather(responses[: len(mine)])
+        return self._rollout(prompts, [response for part in parts for response in part])
 
     def _rollout(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> Rollout:
         return Rollout(
@@ -81,7 +87,7 @@ class Collector:
         Raises:
             RewardError: a reward failed, on any process.
         """
-        mine = self._mine(range(len(rollout)))
+        mine = self._mine(len(rollout))
         batch = RewardBatch(
             prompts=[rollout.prompts[row] for row in mine],
             responses=[rollout.responses[row] for row in mine],
@@ -89,25 +95,24 @@ class Collector:
             columns=[rollout.columns[row] for row in mine],
             prompt_ids=[rollout.prompt_ids[row] for row in mine],
         )
-        scores = self.scorer(batch)
-        parts = self.parallel.gather(scores)
-        rows = len(rollout)
-        dense = [part.dense for part in parts]
-        return Scores(
-            scores=_joined([part.scores for part in parts], rows),
-            dense=None if None in dense else _joined([part for part in dense if part is not None], rows),
-            by_name={name: _joined([part.by_name[name] for part in parts], rows) for name in scores.by_name},
-        )
+        with self.parallel.together(RewardError):
+            scores = self.scorer(batch)
+        return _joined(self.parallel.gather(scores), rollout)
 
-    def _mine(self, rows: Sequence[int]) -> list[int]:
-        """This process's rows, as many as any other's: the last ones take the first row again."""
-        per_rank = -(-len(rows) // self.parallel.world_size)
-        start = self.parallel.rank * per_rank
-        return [rows[row] if row < len(rows) else rows[0] for row in range(start, start + per_rank)]
+    def _per_process(self, rows: int) -> int:
+        return -(-rows // self.parallel.world_size)
 
-    def _gathered(self, mine: list[_T], rows: int) -> list[_T]:
-        return _joined(self.parallel.gather(mine), rows)
+    def _mine(self, rows: int) -> list[int]:
+        """This process's rows; the last processes may have fewer than others, or none."""
+        start = self.parallel.rank * self._per_process(rows)
+        return list(range(start, min(start + self._per_process(rows), rows)))
 
 
-def _joined(parts: Sequence[Sequence[_T]], rows: int) -> list[_T]:
-    return [entry for part in parts for entry in part][:rows]
+def _joined(parts: Sequence[Scores], rollout: Rollout) -> Scores:
+    """The scores of all rows, in order. A part whose rows no reward scored per token has zeros for them."""
+    dense: list[list[float]] | None = None
+    if any(part.dense for part in parts):
+        rows = [row for part in parts for row in part.dense or [[]] * len(part.scores)]
+        dense = [row or [0.0] * len(ids) for row, ids in zip(rows, rollout.response_ids, strict=True)]
+    by_name = {name: [score for part in parts for score in part.by_name[name]] for name in parts[0].by_name}
+    return Scores([score for part in parts for score in part.scores], dense, by_name)

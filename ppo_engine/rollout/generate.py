@@ -46,14 +46,22 @@ def generate(
     model: a causal language model. uniforms_BR: a number in [0, 1) per row and token; temperature 0 takes
     the most likely token and ignores them. batch_rows: most rows at a time. any_running: where every process
     must take part in every forward (sharded weights), whether any of them still has a row running.
+
+    Raises:
+        FloatingPointError: the model's logits are not numbers. It comes after the last forward, so that other
+            processes do not wait for forwards of this one.
     """
     by_length = sorted(range(len(prompts)), key=lambda row: (len(prompts[row]), row))
     responses: dict[int, Response] = {}
+    failures: list[FloatingPointError] = []
     for start in range(0, len(by_length), batch_rows):
         rows = by_length[start : start + batch_rows]
         batch = _Batch(model, [prompts[row] for row in rows], uniforms_BR[rows], stop_token_id, device)
         batch.run(temperature, any_running)
         responses.update(zip(rows, batch.responses(), strict=True))
+        failures += batch.failures
+    if failures:
+        raise failures[0]
     return [responses[row] for row in range(len(prompts))]
 
 
@@ -77,12 +85,11 @@ class _Batch:
         self.tokens_BR = torch.zeros(uniforms_BR.shape, dtype=torch.long, device=device)
         self.lengths_B = torch.zeros(len(prompts), dtype=torch.long, device=device)
         self.finished_B = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+        self.failures: list[FloatingPointError] = []
 
     def run(self, temperature: float, any_running: Callable[[bool], bool] | None) -> None:
         for step in range(self.uniforms_BR.shape[1]):
-            logits_BV = self._forward()
-            tokens_B = sample(logits_BV, self.uniforms_BR[self.rows, step], temperature)
-            self._record(tokens_B, step)
+            self._record(self._sample(self._forward(), step, temperature), step)
             is_running = bool(self.running_B.any())
             if not (is_running if any_running is None else any_running(is_running)):
                 return
@@ -101,6 +108,15 @@ class _Batch:
             logits_to_keep=1,
         )
         return output.logits[:, -1].float()  # type: ignore[no-any-return]
+
+    def _sample(self, logits_BV: Tensor, step: int, temperature: float) -> Tensor:
+        """A token per row. Where that cannot be, the batch has ended."""
+        try:
+            return sample(logits_BV, self.uniforms_BR[self.rows, step], temperature)
+        except FloatingPointError as error:
+            self.failures.append(error)
+            self.running_B = torch.zeros_like(self.running_B)
+            return torch.zeros_like(self.rows)
 
     def _record(self, tokens_B: Tensor, step: int) -> None:
         rows = self.rows[self.running_B]

@@ -10,7 +10,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ppo_engine.facts import Facts, FactsError, ModelFacts, TokenizerFacts, read_model_facts
+from ppo_engine.facts import (
+    AdapterFacts,
+    Facts,
+    FactsError,
+    ModelFacts,
+    TokenizerFacts,
+    read_adapter_facts,
+    read_model_facts,
+)
 from ppo_engine.plan import batch_sizes, check, plan
 from ppo_engine.spec import Hyperparameters, SpecError, parse
 from tests.engine import tiny
@@ -86,6 +94,7 @@ MODEL = ModelFacts(
     context_length=64,
     hidden_size=10,
     parameters=1000,
+    output_layers={"lm_head": 100},
     linears={"model.layers.0.q_proj": (10, 10), "model.layers.0.up_proj": (30, 10)},
     tokenizer=TokenizerFacts(pad_token=None, eos_token="</s>", chat_template=False),
 )
@@ -148,15 +157,93 @@ def test_trained_parameters_and_memory_by_hand() -> None:
     lora = plan(parse(raw(method={"type": "lora", "r": 2})), Facts(model=MODEL, prompts=100))
     full = plan(parse(raw(method={"type": "full"})), Facts(model=MODEL, prompts=100))
 
-    adapter, head = 2 * (10 + 10) + 2 * (30 + 10), 11
-    assert lora.parameters_trained == adapter + head
+    adapter = 2 * (10 + 10) + 2 * (30 + 10)
+    assert lora.parameters_trained == adapter + (10 + 1)  # the head has a bias
     assert lora.memory is not None
     assert lora.memory["policy"] == 4 * (1000 + adapter)
     assert lora.memory["reference"] == 0
-    assert full.parameters_trained == 1000 + 1000 + head
+    critic = (1000 - 100) + 10  # its trunk, and a head of its class
+    assert full.parameters_trained == 1000 + critic
     assert full.memory is not None
     assert full.memory["reference"] == 4 * 1000
-    assert full.memory["optimizer"] == 8 * (2000 + head)
+    assert full.memory["optimizer"] == 8 * (1000 + critic)
+
+
+def test_half_precision_is_for_the_frozen_base_alone() -> None:
+    half = {"resources": {"precision": "bf16"}}
+    reward = {"type": "model", "name": "rm", "source": {"type": "local", "path": "rm"}}
+    facts = Facts(model=MODEL, rewards={"rm": ModelFacts(parameters=70)}, prompts=100)
+    lora = plan(parse(raw(method={"type": "lora", "r": 2}, rewards=[reward], **half)), facts)
+    full = plan(parse(raw(method={"type": "full"}, rewards=[reward], **half)), facts)
+
+    assert lora.memory is not None
+    assert full.memory is not None
+    assert lora.memory["policy"] == 2 * 1000 + 4 * (2 * (10 + 10) + 2 * (30 + 10))
+    assert lora.memory["reward"] == full.memory["reward"] == 4 * 70
+    assert (full.memory["policy"], full.memory["reference"]) == (4 * 1000, 4 * 1000)
+
+
+CRITIC = ModelFacts(
+    architectures=("LlamaForSequenceClassification",),
+    vocab_size=100,
+    context_length=64,
+    labels=1,
+    output_layers={"score": 10},
+)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"architectures": ("LlamaForCausalLM",), "labels": None, "output_layers": {"lm_head": 9}}, None),
+        ({"vocab_size": 101, "context_length": None}, None),
+        ({}, None),
+        ({"labels": 2}, "2 labels"),
+        ({"architectures": ("BertForMaskedLM",)}, "BertForMaskedLM"),
+        (
+            {"architectures": ("BertForSequenceClassification",), "output_layers": {"classifier": 9}},
+            "decoder",
+        ),
+        ({"vocab_size": 99}, "99 ids given; the policy has 100"),
+        ({"context_length": 63}, "63 positions given; the policy has 64"),
+    ],
+)
+def test_a_value_model_reads_all_that_the_policy_writes(changes: dict[str, Any], words: str | None) -> None:
+    value = {"type": "model", "source": {"type": "local", "path": "critic"}}
+    spec = raw(method={"type": "lora", "value": value})
+    found = issues(spec, Facts(model=MODEL, value=CRITIC.model_copy(update=changes), prompts=1000))
+
+    assert list(found) == ([] if words is None else ["method.value.source"])
+    assert words is None or words in found["method.value.source"]
+
+
+SFT = AdapterFacts(r=8, lora_alpha=16, target_modules=("q_proj",), parameters=160)
+
+
+@pytest.mark.parametrize(
+    ("lora", "ppo", "locs"),
+    [
+        ({}, {"model_adapter_name": "sft"}, ["method.r", "method.lora_alpha", "method.target_modules"]),
+        ({}, {"ref_adapter_name": "sft"}, ["method.r", "method.lora_alpha", "method.target_modules"]),
+        ({}, {}, []),  # the trained adapter is a new one
+        ({"r": 8, "lora_alpha": 16, "target_modules": ["q_proj"]}, {"ref_adapter_name": "sft"}, []),
+        ({"r": 8, "lora_alpha": 16, "target_modules": ["0.q_proj"]}, {"ref_adapter_name": "sft"}, []),
+        (
+            {"r": 8, "lora_alpha": 32, "target_modules": ["q_proj"]},
+            {"model_adapter_name": "sft"},
+            ["method.lora_alpha"],
+        ),
+    ],
+)
+def test_an_adapter_keeps_its_own_shape(lora: dict[str, Any], ppo: dict[str, Any], locs: list[str]) -> None:
+    method = {"type": "lora", "adapters": {"sft": {"type": "local", "path": "sft"}}, **lora}
+    found = issues(raw(method=method, ppo=ppo), Facts(model=MODEL, adapters={"sft": SFT}, prompts=1000))
+
+    assert list(found) == locs
+    if "method.r" in found:
+        assert found["method.r"] == (
+            '16 given; the adapter that is trained starts as "sft", which has 8: give that.'
+        )
 
 
 def test_batch_sizes_are_trls() -> None:
@@ -184,7 +271,34 @@ def test_facts_are_those_of_the_loaded_model(policy_dir: Path) -> None:
     assert (facts.vocab_size, facts.context_length, facts.hidden_size, facts.layers) == (WORDS, 32, 16, 2)
     assert facts.linears["model.layers.1.mlp.down_proj"] == (16, 32)
     assert not any("embed" in name or "lm_head" in name for name in facts.linears)
+    assert facts.output_layers == {"lm_head": WORDS * 16}
     assert facts.tokenizer == TokenizerFacts(pad_token="<pad>", eos_token="</s>", chat_template=False)
+
+
+def test_the_labels_of_a_classifier_are_those_of_its_head(tmp_path: Path) -> None:
+    tiny.save(tiny.reward_model(labels=2), tiny.tokenizer(), tmp_path)
+
+    assert "id2label" not in json.loads((tmp_path / "config.json").read_text())  # two is its default
+    assert read_model_facts(tmp_path).labels == 2
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ({}, "no adapter_config.json"),
+        ({"adapter_config.json": b'{"peft_type": "IA3"}'}, 'type "IA3"; give a LoRA'),
+        (
+            {"adapter_config.json": b'{"peft_type": "LORA"}', "adapter_model.bin": b""},
+            "no adapter_model.safetensors; save the adapter again as safetensors",
+        ),
+    ],
+)
+def test_a_directory_that_is_no_adapter_says_why(tmp_path: Path, files: dict[str, bytes], words: str) -> None:
+    for name, content in files.items():
+        write(tmp_path, name, content)
+
+    with pytest.raises(FactsError, match=words):
+        read_adapter_facts(tmp_path)
 
 
 def write(directory: Path, name: str, content: bytes) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -27,7 +28,7 @@ from tests.engine.training import PROMPTS, make_run
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
 UPDATES = 6
-PATIENCE = 120.0
+PATIENCE = 300.0
 
 
 def command(run_dir: RunDir, attempt: int = 1) -> list[str]:
@@ -126,6 +127,13 @@ def test_checkpoints_are_few_and_exports_hold_the_policy_alone(whole: RunDir) ->
     assert json.loads((whole.export(6) / "generation_config.json").read_text())["eos_token_id"] == 15
 
 
+def test_an_export_names_its_base_and_not_where_it_lies(whole: RunDir, policy_dir: Path) -> None:
+    adapter = json.loads((whole.export(6) / "adapter_config.json").read_text())
+    assert adapter["base_model_name_or_path"] == policy_dir.name
+    for file in whole.export(6).iterdir():
+        assert str(policy_dir).encode() not in file.read_bytes(), file.name
+
+
 @pytest.mark.parametrize("moment", ["metrics:1", "samples:3", "metrics:4", "checkpoint:4", "metrics:6"])
 def test_a_killed_run_resumes_to_the_same_bytes(
     tmp_path: Path, policy_dir: Path, whole: RunDir, moment: str
@@ -188,17 +196,35 @@ def test_what_is_wanted_is_done_at_the_end_of_the_update(
     assert digest(run_dir) == digest(whole)
 
 
-def test_sigterm_stops_with_a_checkpoint(tmp_path: Path, policy_dir: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_with_a_checkpoint(tmp_path: Path, policy_dir: Path, number: signal.Signals) -> None:
     run_dir = make_run(tmp_path / "run", policy_dir)
     with engine(run_dir) as process:
         wait_until(lambda: "metrics:1" in keys(run_dir), process)
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(number)
         assert process.wait(PATIENCE) == 0
     result = run_dir.read_result()
 
     assert result is not None
     assert (result.outcome, result.reason) == ("stopped", "sigterm")
     assert run_dir.complete_checkpoints()[-1] == result.update
+
+
+def test_who_interrupts_twice_does_not_wait_for_the_update(tmp_path: Path, policy_dir: Path) -> None:
+    run_dir = make_run(
+        tmp_path / "run", policy_dir, ppo={"total_episodes": 2**20, "gradient_accumulation_steps": 2**18}
+    )
+    with engine(run_dir) as process:
+        wait_until(lambda: "started" in keys(run_dir), process)
+        for _ in range(2):
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.5)
+        assert process.wait(PATIENCE) == 0
+    result = run_dir.read_result()
+
+    assert result is not None
+    assert (result.outcome, result.update) == ("stopped", 0)
+    assert result.message == "Interrupted in update 1; the last checkpoint stands."
 
 
 def test_a_run_whose_lease_is_over_stops_by_itself(tmp_path: Path, policy_dir: Path) -> None:
@@ -279,6 +305,42 @@ def test_a_run_that_cannot_be_says_why(
     assert words in result.issues[0].msg
 
 
+@pytest.mark.parametrize(
+    ("resources", "name", "words"),
+    [
+        ({"gpus": 4}, "gpus", "4 given, but the run was started with 1: .*--num_processes 4 --multi_gpu"),
+        ({"zero_stage": 3}, "zero_stage", "3 given, but the run was started with 0: .*--zero_stage 3"),
+    ],
+)
+def test_a_run_that_was_not_started_as_planned_is_refused(
+    tmp_path: Path, policy_dir: Path, resources: dict[str, Any], name: str, words: str
+) -> None:
+    result = finish(make_run(tmp_path / "run", policy_dir, resources=resources))
+
+    assert (result.outcome, result.reason) == ("failed", "spec")
+    assert [issue.loc for issue in result.issues] == [("resources", name)]
+    assert re.match(words, result.issues[0].msg)
+
+
+def test_a_spec_nested_beyond_reading_is_refused(tmp_path: Path, policy_dir: Path) -> None:
+    run_dir = make_run(tmp_path / "run", policy_dir)
+    run_dir.spec.write_text("[" * 100_000)
+
+    assert finish(run_dir).reason == "spec"
+
+
+def test_a_library_that_cannot_be_imported_is_told(tmp_path: Path, policy_dir: Path) -> None:
+    run_dir = make_run(tmp_path / "run", policy_dir)
+    (tmp_path / "torch.py").write_text("raise ImportError('libcuda.so is of another time')")
+    environment = {**ENVIRONMENT, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    subprocess.run(command(run_dir), env=environment, stderr=subprocess.DEVNULL, check=False)
+    result = run_dir.read_result()
+
+    assert result is not None
+    assert (result.outcome, result.reason) == ("failed", "crash")
+    assert result.message == "ImportError: libcuda.so is of another time"
+
+
 def test_prompts_that_leave_no_room_are_named(tmp_path: Path, policy_dir: Path) -> None:
     run_dir = make_run(tmp_path / "run", policy_dir)
     rows = [PROMPTS[0], {"prompt": "one " * 30}, *PROMPTS[:30]]
@@ -287,19 +349,70 @@ def test_prompts_that_leave_no_room_are_named(tmp_path: Path, policy_dir: Path) 
 
     assert (result.outcome, result.reason) == ("failed", "spec")
     assert result.issues[0].loc == ("prompts", "train")
-    assert "Row 1 " in result.issues[0].msg
+    assert "Row 2 " in result.issues[0].msg
     assert "31 tokens" in result.issues[0].msg
 
 
-def test_a_checkpoint_of_another_spec_is_refused(tmp_path: Path, whole: RunDir) -> None:
-    run_dir = RunDir(tmp_path / "run")
-    shutil.copytree(whole.path, run_dir.path)
-    spec = json.loads(run_dir.spec.read_text())
-    change_spec(run_dir, ppo={**spec["ppo"], "gamma": 0.5})
+def copy_of(whole: RunDir, directory: Path) -> tuple[RunDir, dict[str, Any]]:
+    shutil.copytree(whole.path, directory)
+    run_dir = RunDir(directory)
+    run_dir.result.unlink(missing_ok=True)
+    return run_dir, json.loads(run_dir.spec.read_text())
+
+
+@pytest.mark.parametrize(
+    ("part", "changes", "words"),
+    [
+        ("ppo", {"gamma": 0.5}, "(gamma: 1.0 then, 0.5 now)"),
+        ("method", {"lora_alpha": 5}, "(method.lora_alpha: 32 then, 5 now)"),
+        ("rewards", {"pattern": "six"}, "(rewards.0.pattern: 'seven' then, 'six' now)"),
+    ],
+)
+def test_a_checkpoint_of_another_spec_is_refused(
+    tmp_path: Path, whole: RunDir, part: str, changes: dict[str, Any], words: str
+) -> None:
+    run_dir, spec = copy_of(whole, tmp_path / "run")
+    given = spec[part]
+    changed = [{**given[0], **changes}] if isinstance(given, list) else {**given, **changes}
+    change_spec(run_dir, **{part: changed})
     result = finish(run_dir)
 
     assert result.outcome == "failed"
-    assert "gamma: 1.0 then, 0.5 now" in result.message
+    assert words in result.message
+
+
+def test_a_checkpoint_of_other_prompts_is_refused(tmp_path: Path, whole: RunDir) -> None:
+    run_dir, _ = copy_of(whole, tmp_path / "run")
+    rows = [*PROMPTS[1:], PROMPTS[0]]
+    run_dir.data("file_1").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    assert "(prompts: '100 rows, sha256 " in finish(run_dir).message
+
+
+def test_a_model_that_lies_elsewhere_is_the_same(tmp_path: Path, policy_dir: Path, whole: RunDir) -> None:
+    elsewhere = tmp_path / "elsewhere" / policy_dir.name
+    shutil.copytree(policy_dir, elsewhere)
+    run_dir, _ = copy_of(whole, tmp_path / "run")
+    change_spec(run_dir, model={"type": "local", "path": str(elsewhere)})
+
+    assert finish(run_dir).outcome == "succeeded"
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_bf16_trains_and_begins_at_the_reference(tmp_path: Path, policy_dir: Path, method: str) -> None:
+    run_dir = make_run(
+        tmp_path / "run",
+        policy_dir,
+        ppo={"total_episodes": 32},
+        method={"type": method},
+        resources={"precision": "bf16"},
+    )
+    assert finish(run_dir).outcome == "succeeded"
+
+    first, second = metrics(run_dir, "objective/kl")
+    assert first == 0
+    assert second != 0
+    assert metrics(run_dir, "optimizer_steps") == [4.0, 4.0]
 
 
 # Several processes -------------------------------------------------------------------------------------
@@ -312,7 +425,7 @@ LAUNCH = [
 
 def two_processes(run_dir: RunDir, *kind: str) -> Result:
     with engine(run_dir, around=[*LAUNCH, *kind]) as process:
-        process.wait(4 * PATIENCE)
+        process.wait(2 * PATIENCE)
     result = run_dir.read_result()
     assert result is not None, run_dir.log.read_text()
     assert result.outcome == "succeeded", result
@@ -336,6 +449,7 @@ def test_two_processes_train_as_one_does(tmp_path: Path, policy_dir: Path) -> No
     assert finish(one).outcome == "succeeded"
     two_processes(two, "--multi_gpu")
 
+    assert "find_unused_parameters" not in two.log.read_text()  # torch's words for a search in vain
     assert metrics(one, "objective/scores") == metrics(two, "objective/scores")
     for name in ("loss/policy_avg", "loss/value_avg", "policy/grad_norm", "objective/kl"):
         assert metrics(one, name) == pytest.approx(metrics(two, name), rel=1e-3, abs=1e-5), name

@@ -75,7 +75,7 @@ def test_jsonl(tmp_path: Path) -> None:
     rows = [{"prompt": "eins\u2028zwei", "n": 1}, {"prompt": "drei"}]  # a line separator is no line's end
     path = tmp_path / "file.jsonl"
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    assert list(read_jsonl(path)) == rows
+    assert list(read_jsonl(path, ("prompts", "train"))) == rows
 
 
 # Bad rows ------------------------------------------------------------------------------------------------
@@ -86,7 +86,7 @@ def test_a_prompt_that_leaves_no_room_is_named_with_length_limit_and_fix() -> No
     assert len(read(fits, limit=3)) == 1
     message = refusal(fits, {"prompt": "one two three"}, limit=3, loc=("prompts", "train"))
     assert message == (
-        "Row 1 has a prompt of 4 tokens; the model's context less response_length leaves room for 3: "
+        "Row 2 has a prompt of 4 tokens; the model's context less response_length leaves room for 3: "
         "shorten the prompt, or lower response_length."
     )
 
@@ -117,12 +117,12 @@ def test_bad_rows(row: dict[str, Any], message: str) -> None:
 
 
 def test_an_empty_text_is_refused_where_the_tokenizer_adds_nothing() -> None:
-    with pytest.raises(SpecError, match="Row 0 has an empty prompt"):
+    with pytest.raises(SpecError, match="Row 1 has an empty prompt"):
         read_dataset([{"prompt": ""}], tiny.tokenizer(bos=False), None)
 
 
 def test_a_chat_needs_a_template() -> None:
-    with pytest.raises(SpecError, match="Row 0 is a chat, and the model's tokenizer has no chat template"):
+    with pytest.raises(SpecError, match="Row 1 is a chat, and the model's tokenizer has no chat template"):
         read_dataset([{"messages": CHAT}], tiny.tokenizer(), None)
 
 

@@ -38,6 +38,16 @@ def test_small_files_come_back_as_they_were(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
+def test_the_first_word_on_how_it_ended_stands(tmp_path: Path) -> None:
+    first = Result(outcome="failed", reason="oom", update=4, message="out of memory")
+    RunDir(tmp_path).write_result(first)
+    RunDir(tmp_path).write_result(
+        Result(outcome="failed", reason="crash", update=4, message="Connection closed by peer")
+    )
+
+    assert RunDir(tmp_path).read_result() == first
+
+
 @pytest.mark.parametrize("content", ["{", "[]", '{"version": 1}'])
 def test_a_spec_that_is_none_is_refused(tmp_path: Path, content: str) -> None:
     RunDir(tmp_path).spec.write_text(content)

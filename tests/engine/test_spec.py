@@ -7,8 +7,20 @@ import sys
 from typing import Any
 
 import pytest
+import regex
 
-from ppo_engine.spec import SPEC_VERSION, Lora, RunSpec, SpecError, parse, upgrade
+from ppo_engine.findings import IDENTIFIER, NAME, rule_and_fix
+from ppo_engine.spec import (
+    MAX_ISSUES,
+    SPEC_VERSION,
+    Hyperparameters,
+    Lora,
+    RunSpec,
+    SpecError,
+    parse,
+    shown,
+    upgrade,
+)
 
 
 def raw(**changes: Any) -> dict[str, Any]:
@@ -43,7 +55,11 @@ def test_a_spec_needs_a_model_prompts_and_rewards_only() -> None:
         ({"method": {"type": "lora", "rank": 8}}, "method.rank", ["8", "unknown field"]),
         ({"method": {"type": "lora", "r": "8"}}, "method.r", ['"8"', "integer"]),
         ({"method": {"type": "lora", "target_modules": []}}, "method.target_modules", ["[]", "at least 1"]),
-        ({"ppo": {"cliprange": -0.1}}, "ppo.cliprange", ["-0.1", "greater than 0"]),
+        ({"ppo": {"cliprange": -0.1}}, "ppo.cliprange", ["-0.1", "greater than 0", "give a number above 0"]),
+        ({"ppo": {"kl_estimator": "k9"}}, "ppo.kl_estimator", ['"k9"', "'k1' or 'k3'", "give one of these"]),
+        ({"ppo": []}, "ppo", ["[] given", "JSON object", "in braces"]),
+        ({"rewards": {}}, "rewards", ["{} given", "JSON array", "in brackets"]),
+        ({"model": {}}, "model", ["{} given", "'type' is missing", "name it"]),
         ({"ppo": {"missing_eos_penalty": -1.0}}, "ppo.missing_eos_penalty", ["-1.0", "greater than 0"]),
         ({"ppo": {"missing_eos_penalty": 1.0}}, "ppo.missing_eos_penalty", ["1.0", "stop_token"]),
         ({"ppo": {"learning_rate": float("nan")}}, "ppo.learning_rate", ["NaN", "finite"]),
@@ -121,7 +137,75 @@ def test_an_older_version_is_read_and_a_newer_one_refused() -> None:
         upgrade(raw(), SPEC_VERSION + 1)
 
 
-@pytest.mark.parametrize("module", ["", ".spec", ".facts", ".plan", ".events", ".run_dir", ".watch"])
+def test_of_very_many_wrong_fields_the_first_are_told_and_the_rest_counted() -> None:
+    wrong = {f"field{number}": number for number in range(70_000)}
+    with pytest.raises(SpecError) as caught:
+        parse(raw(**wrong))
+
+    *told, last = caught.value.issues
+    assert [issue.loc for issue in told] == [(name,) for name in list(wrong)[:MAX_ISSUES]]
+    assert f"{70_000 - MAX_ISSUES} more things are wrong" in last.msg
+
+
+def test_of_very_many_broken_rules_the_first_are_told_and_the_rest_counted() -> None:
+    options = {f"api_key{number}": "" for number in range(1000)}
+    found = issues(raw(rewards=[{"type": "plugin", "name": "x", "plugin": "p", "options": options}]))
+
+    assert len(found) == MAX_ISSUES + 1
+    assert "950 more" in found[""]
+
+
+def test_no_number_of_a_run_is_beyond_what_32_bits_hold() -> None:
+    numbers = [
+        (name, field)
+        for name, field in Hyperparameters.model_json_schema()["properties"].items()
+        for field in field.get("anyOf", [field])
+        if field.get("type") in ("integer", "number")
+    ]
+    assert len(numbers) > 25
+    for name, field in numbers:
+        biggest = 10**400 if field["type"] == "integer" else 1e308
+        given = {"stop_token": "eos"} if name == "missing_eos_penalty" else {}
+        assert "give" in issues(raw(ppo={**given, name: biggest}))[f"ppo.{name}"], name
+    for reward in (
+        {"type": "length", "name": "x", "target": 10**400},
+        {"type": "length", "name": "x", "target": 1, "weight": -1e308},
+        {"type": "regex", "name": "x", "pattern": "a", "match": 1e308},
+        {"type": "regex", "name": "x", "pattern": "a", "no_match": 1e308},
+    ):
+        assert issues(raw(rewards=[reward]))
+    assert "method.lora_alpha" in issues(raw(method={"type": "lora", "lora_alpha": 10**400}))
+
+
+@pytest.mark.parametrize("name", ["temperature", "adam_epsilon"])
+def test_what_is_divided_by_does_not_vanish_in_32_bits(name: str) -> None:
+    assert "or more" in issues(raw(ppo={name: 1e-320}))[f"ppo.{name}"]
+
+
+def test_a_value_is_shown_whatever_it_is() -> None:
+    deep: list[Any] = []
+    for _ in range(100_000):
+        deep = [deep]
+    assert shown(deep) == "[" * 80 + "…"
+    assert shown({"a": 10**5000}) == '{"a": …'
+    assert shown({"b": [1, None, "ü"]}) == '{"b": [1, null, "ü"]}'
+    while deep:  # taken apart by hand: to free it at once would recurse
+        deep = deep[0]
+
+
+def test_every_form_of_text_is_told_in_words() -> None:
+    schema = str(RunSpec.model_json_schema())
+    patterns = set(regex.findall(r"'pattern': '(\^.*?\$)'", schema))
+    assert {IDENTIFIER, NAME} <= patterns
+    for pattern in patterns:
+        found = rule_and_fix("string_pattern_mismatch", "", {"pattern": pattern.replace(r"\\", "\\")})
+        assert "form" not in found, pattern
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["", ".findings", ".patterns", ".spec", ".facts", ".plan", ".events", ".run_dir", ".watch"],
+)
 def test_the_contract_loads_no_torch(module: str) -> None:
     program = f"import sys, ppo_engine{module}; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
 

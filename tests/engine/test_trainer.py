@@ -21,7 +21,7 @@ from ppo_engine.learn import NotFinite
 from ppo_engine.rewards import NamedReward, RewardBatch, RewardError
 from ppo_engine.spec import SpecError
 from tests.engine import tiny
-from tests.engine.training import PROMPTS, config, likes_seven, logged, trainer
+from tests.engine.training import PROMPTS, likes_seven, logged, trainer
 
 
 @pytest.mark.parametrize("lora", [True, False])
@@ -244,7 +244,20 @@ def test_with_lora_only_adapter_and_value_head_are_trained(tmp_path: Path) -> No
         ({"changes": {"ref_adapter_name": "sft"}}, ValueError, "ref_adapter_name.*sft"),
         ({"changes": {"stop_token": "eos"}}, SpecError, "stop_token_id"),
         ({"changes": {"response_length": 40}}, SpecError, "response_length.*32 positions"),
-        ({"changes": {"response_length": 31}}, SpecError, "train_dataset.*Row 0"),
+        ({"changes": {"response_length": 31}}, SpecError, "train_dataset.*Row 1"),
+        ({"changes": {"eval_strategy": "steps", "eval_steps": 1}}, SpecError, "eval_dataset.*eval_strategy"),
+        ({"changes": {"eval_on_start": True}}, SpecError, "eval_dataset.*eval_on_start"),
+        ({"processing_class": tiny.tokenizer(pad=None, eos=None)}, SpecError, "model.*neither a pad token"),
+        (
+            {"peft_config": LoraConfig(target_modules=["q_proj", "c_attn"])},
+            SpecError,
+            'peft_config.target_modules.0: "c_attn" given; llama has the linear modules .*"q_proj"',
+        ),
+        (
+            {"value_model": tiny.reward_model(vocab_size=8)},
+            SpecError,
+            "value_model: A model with 8 ids given",
+        ),
     ],
 )
 def test_a_wrong_argument_says_so(
@@ -318,9 +331,12 @@ def test_the_stop_penalty_is_for_the_stop_token(tmp_path: Path) -> None:
     free.train()
     fined.train()
 
-    assert logged(free, "objective/scores") == logged(fined, "objective/scores")  # of the reward itself
+    share = logged(free, "response/finished")[0]
+    assert 0 < share < 1
+    for name in ("objective/scores", "objective/rlhf_reward"):  # with the penalty, as in TRL
+        assert logged(fined, name)[0] == pytest.approx(logged(free, name)[0] - 5 * (1 - share), abs=1e-6)
+    assert logged(free, "reward/likes_seven") == logged(fined, "reward/likes_seven")  # the reward itself
     assert logged(free, "loss/value_avg")[0] < logged(fined, "loss/value_avg")[0]
-    assert 0 < logged(free, "response/finished")[0] < 1
 
 
 # Saving and resuming -----------------------------------------------------------------------------------
@@ -373,7 +389,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, lora: bool) -> N
     whole = trainer(tmp_path / "whole", lora=lora, changes=changes)
     whole.train()
     resumed = trainer(tmp_path / "resumed", lora=lora, changes=changes)
-    resumed.train(resume_from_checkpoint=tmp_path / "whole" / "update-2")
+    resumed.train(resume_from_checkpoint=tmp_path / "whole" / "checkpoint-2")
 
     for name, weight in whole.model.state_dict().items():
         assert torch.equal(weight, resumed.model.state_dict()[name]), name
@@ -386,7 +402,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     other = trainer(tmp_path / "b", changes={**changes, "gamma": 0.9})
 
     with pytest.raises(CheckpointMismatch, match=r"gamma: 1\.0 then, 0\.9 now"):
-        other.train(resume_from_checkpoint=tmp_path / "a" / "update-1")
+        other.train(resume_from_checkpoint=tmp_path / "a" / "checkpoint-1")
 
 
 def test_old_checkpoints_go_only_beyond_the_limit(tmp_path: Path) -> None:
@@ -394,7 +410,7 @@ def test_old_checkpoints_go_only_beyond_the_limit(tmp_path: Path) -> None:
     made = trainer(tmp_path, changes=changes)
     made.train()
 
-    assert sorted(path.name for path in tmp_path.glob("update-*")) == ["update-3", "update-4"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-3", "checkpoint-4"]
 
 
 def test_evaluation_runs_when_asked_and_draws_alike(tmp_path: Path) -> None:
@@ -404,12 +420,6 @@ def test_evaluation_runs_when_asked_and_draws_alike(tmp_path: Path) -> None:
 
     assert len(logged(made, "eval/scores")) == 2
     assert logged(made, "eval/scores")[0] == logged(made, "eval/scores")[1]
-
-
-def test_every_inherited_argument_is_honoured_or_refused(tmp_path: Path) -> None:
-    for name, value in {"max_steps": 3, "label_smoothing_factor": 0.1, "neftune_noise_alpha": 1.0}.items():
-        with pytest.raises(SpecError, match=rf"{name}.*does not honour"):
-            config(tmp_path, **{name: value})
 
 
 @pytest.mark.parametrize("name", ["batch_size", "mini_batch_size", "world_size", "num_total_batches"])

@@ -35,6 +35,7 @@ def tokenizer(
     chat: bool = False,
     bos: bool = True,
     pad: str | None = "<pad>",
+    eos: str | None = "</s>",
 ) -> PreTrainedTokenizerFast:
     """A word-level tokenizer; `bos`: it writes <s> before a text."""
     model = Tokenizer(WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
@@ -46,7 +47,7 @@ def tokenizer(
     return PreTrainedTokenizerFast(
         tokenizer_object=model,
         bos_token="<s>",
-        eos_token="</s>",
+        eos_token=eos,
         pad_token=pad,
         unk_token="<unk>",
         chat_template=CHAT_TEMPLATE if chat else None,
