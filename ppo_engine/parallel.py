@@ -64,6 +64,7 @@ class Parallel:
             config["gradient_clipping"] = self.max_grad_norm
             config["zero_allow_untested_optimizer"] = True
             config["zero_force_ds_cpu_optimizer"] = False
+            # Steps that are not finite are dropped in bf16 too, whatever a configuration file says.
             config.setdefault("bf16", {})["check_grad_overflow"] = True
         # Every trained weight is used in every forward that has a backward; DDP need not look for others.
         self.accelerator.ddp_handler.find_unused_parameters = False

@@ -14,7 +14,8 @@ MAX_PARTS = 10_000
 
 _TOKENS = regex.compile(
     r"""(?s)
-    (?P<skipped> \(\?\#(?:[^)\\]|\\.)*+\) | \(\?(?!R)[a-zA-Z01-]++\) )  # comments, and flags on their own
+    (?P<verbose> \(\?[a-wyzA-Z01]*+x )
+  | (?P<skipped> \(\?\#(?:[^)\\]|\\.)*+\) | \(\?(?!R)[a-zA-Z01-]++\) )  # comments, and flags on their own
   | (?P<open>    \( )
   | (?P<close>   \) )
   | (?P<fuzzy>   \{(?:[deis][<=,:}]|\d++[deis<]) )
@@ -24,7 +25,11 @@ _TOKENS = regex.compile(
     """,
     regex.VERBOSE,
 )
-_VERBOSE_FLAG = regex.compile(r"\(\?[a-zA-Z01]*x")
+_NOT_TAKEN = {
+    "verbose": "the flag x is not taken; write the pattern without it, and without spaces and comments",
+    "fuzzy": r"approximate matching is not taken; write \{ for a brace",
+}
+"""What would hide groups or counts from the reading below."""
 
 
 def fault(pattern: str) -> str | None:
@@ -44,19 +49,16 @@ def _fault_of_syntax(pattern: str) -> str | None:
 
 
 def _fault_of_size(pattern: str) -> str | None:
-    # What is refused here by name would hide groups or counts from the reading below.
-    if _VERBOSE_FLAG.search(pattern):
-        return "the flag x is not taken; write the pattern without it, and without spaces and comments"
     groups = [0]
     """Parts in each open group so far, the whole pattern first."""
     last = 0
     """Parts of the item that a count would repeat."""
     for token in _TOKENS.finditer(pattern):
-        kind, text = token.lastgroup, token.group()
+        kind, text = str(token.lastgroup), token.group()
+        if kind in _NOT_TAKEN:
+            return _NOT_TAKEN[kind]
         if kind == "class" and "[:" in text[1:]:
             return r"named classes are not taken; write \p{alpha} for [:alpha:]"
-        if kind == "fuzzy":
-            return r"approximate matching is not taken; write \{ for a brace"
         if kind == "open":
             groups.append(0)
             if len(groups) > MAX_NESTING + 1:
@@ -65,9 +67,7 @@ def _fault_of_size(pattern: str) -> str | None:
             last = max(groups.pop(), 1)
             groups[-1] += last
         elif kind == "count":
-            repeated = last * max(int(text[1:] or 0), 1)
-            groups[-1] += repeated - last
-            last = repeated
+            groups[-1] += last * (max(int(text[1:] or 0), 1) - 1)
         elif kind in ("class", "part"):
             last = 1
             groups[-1] += 1

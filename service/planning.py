@@ -59,7 +59,7 @@ class Planner:
 
     async def _plan(self, project_id: str, raw: Mapping[str, Any]) -> Planned:
         # Disks may be slow and specs large: neither is to be waited for on the event loop.
-        given = _read(raw)
+        given = await anyio.to_thread.run_sync(_read, raw)
         async with self._store.read() as session:
             rows, issues = await _find_prompts(session, project_id, given)
         return await anyio.to_thread.run_sync(self._fit, given, rows, issues)

@@ -30,6 +30,7 @@ from safetensors.torch import load_file
 from ppo_engine import PPOTrainer
 from ppo_engine.__main__ import main as engine
 from ppo_engine.actor_critic import causal_lm
+from ppo_engine.draws import Purpose
 from ppo_engine.learn import NotFinite
 from ppo_engine.rewards import NamedReward, RewardBatch, Scorer
 from ppo_engine.run_dir import Acks, Control, RunDir
@@ -270,15 +271,13 @@ def trained(
 
 
 # Rows end at very different times, and few are sampled at once: the processes need unlike numbers of steps.
-UNEVEN = {"response_length": 24, "local_rollout_forward_batch_size": 2, "total_episodes": 32}
+UNEVEN = {"response_length": 24, "local_rollout_forward_batch_size": 2, "total_episodes": 16}
 
 
 def uneven(directory: Path, gathers: bool) -> dict[str, Any]:
-    """Responses, and the forwards that this process needed for them, after a first rollout that failed."""
+    """Responses, and the forwards that this process needed for them."""
     made = sharded(directory, 3, {**UNEVEN, "ds3_gather_for_generation": gathers})
     sample = made.collector.sample
-    with mock.patch.object(made.collector, "sample", side_effect=TimeoutError), suppress(TimeoutError):
-        made.train()
     forwards: list[None] = []
     responses: list[list[list[int]]] = []
 
@@ -292,6 +291,16 @@ def uneven(directory: Path, gathers: bool) -> dict[str, Any]:
     with mock.patch.object(made.collector, "sample", counted):
         made.train()
     return {"said": said(made), "forwards": len(forwards), "responses": responses}
+
+
+def rollout_fails(directory: Path) -> list[str]:
+    """The weights that this process still holds whole after a rollout that failed, and one more forward."""
+    made = sharded(directory, 3)
+    rollout = made._sample(made.prompts[:2], 1, Purpose.ROLLOUT, 1.0)
+    with mock.patch.object(made.collector, "sample", side_effect=TimeoutError), suppress(TimeoutError):
+        made.train()
+    made.learner.score(made.model_wrapped, rollout, with_value=True)
+    return [name for name, weight in made.model.named_parameters() if weight.numel()]
 
 
 def spoiled(directory: Path, stage: int, changes: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -352,6 +361,7 @@ SCENARIOS: dict[str, Callable[[Path], Any]] = {
     "zero_2_resume": lambda directory: resume(directory, stage=2),
     "zero_3_resume": lambda directory: resume(directory, stage=3, lora=False),
     "gathered": lambda directory: uneven(directory, gathers=True),
+    "rollout_fails": rollout_fails,
     "in_step": lambda directory: uneven(directory, gathers=False),
     "diverged_in_step": lambda directory: diverged(
         sharded(directory, 3, {**UNEVEN, "ds3_gather_for_generation": False})

@@ -22,6 +22,7 @@ DEEP = "(" * 400 + "a" + ")" * 400
         r"[^()\[\]]*[]()][^]]",
         r"(?s:.{0,100000})(?=end)",
         r"(?#a comment with ( in it)a(?i)b",
+        r"\(?x\)?[(?x]",
         "(a)" * 300,
         "(" * MAX_NESTING + "a" + ")" * MAX_NESTING,
         f"a{{{MAX_PARTS // 2}}}",

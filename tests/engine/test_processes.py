@@ -31,7 +31,7 @@ PLAIN = (
     "spec_for_one_process",  # its processes do not find each other; no scenario can follow
 )
 SHARDED = (
-    *("gathered", "in_step", "diverged_in_step"),
+    *("gathered", "rollout_fails", "in_step", "diverged_in_step"),
     *("zero_1", "zero_2", "zero_3", "zero_2_bf16"),
     *("zero_2_resume", "zero_3_resume", "nothing_to_load"),
     *("zero_2_spoiled", "zero_3_spoiled", "zero_2_spoiled_bf16", "zero_3_spoiled_bf16"),
@@ -182,6 +182,10 @@ def test_sharded_weights_sample_rows_that_end_at_different_times(
         assert_alike({"said": one["said"]}, {"said": seen["said"]})
     is_even = two[0]["forwards"] == two[1]["forwards"]
     assert is_even == (scenario == "in_step")
+
+
+def test_weights_are_sharded_again_after_a_rollout_that_failed(zero: Seen) -> None:
+    assert zero("rollout_fails") == [[], []]
 
 
 def test_bf16_trains_under_deepspeed(zero: Seen) -> None:
