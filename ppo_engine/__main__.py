@@ -69,7 +69,11 @@ def _train(run_dir: RunDir, spec: RunSpec, attempt: int, watch: Watch) -> Result
 
 
 def _failed(reason: Reason, error: BaseException, watch: Watch) -> Result:
-    traceback.print_exception(error)
+    # What a user did wrong is told whole by the message; a trace is for faults, ours and those of plug-ins.
+    if reason in ("crash", "oom") or (reason == "reward" and error.__cause__ is not None):
+        traceback.print_exception(error)
+    else:
+        sys.stderr.write(f"{error}\n")
     issues = tuple(error.issues) if isinstance(error, SpecError) else ()
     message = f"{type(error).__name__}: {error}" if reason == "crash" else str(error)
     return Result(outcome="failed", reason=reason, update=watch.progress, message=message, issues=issues)

@@ -7,7 +7,7 @@ This module knows no torch, no transformers, no hub.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from ppo_engine.spec import Loc, ModelReward, RunSpec, shown
 _DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I8": 1, "U8": 1, "F8_E4M3": 1}
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 _EMBEDDINGS = ("embed", "wte", "wpe", "shared")
+_PROMPT_COLUMNS = {"prompt", "input_ids", "attention_mask"}  # rewards get them in fields of their own
 _OUTPUT_LAYERS = ("lm_head", "embed_out", "output_layer", "score", "classifier")
 
 
@@ -100,7 +101,8 @@ class AdapterFacts(BaseModel):
 class Facts(BaseModel):
     """All that a plan may know beside the spec.
 
-    adapters: by their names in the spec. rewards: by the reward's name. prompts: rows to train on.
+    adapters: by their names in the spec. rewards: by the reward's name. prompts: rows to train on. columns:
+    what rewards can read of the rows of each file, by its field in `prompts`.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -110,6 +112,7 @@ class Facts(BaseModel):
     adapters: dict[str, AdapterFacts] = {}
     rewards: dict[str, ModelFacts] = {}
     prompts: int | None = None
+    columns: dict[str, frozenset[str]] = {}
 
 
 def facts_at(path: Path, loc: Loc) -> ModelFacts | AdapterFacts:
@@ -121,8 +124,16 @@ def facts_at(path: Path, loc: Loc) -> ModelFacts | AdapterFacts:
     return read_adapter_facts(path) if _is_adapter(loc) else read_model_facts(path)
 
 
-def gather(spec: RunSpec, found: Mapping[Loc, ModelFacts | AdapterFacts], prompts: int | None) -> Facts:
-    """The facts of a run, from those found of each model by its place in the spec."""
+def gather(
+    spec: RunSpec,
+    found: Mapping[Loc, ModelFacts | AdapterFacts],
+    prompts: int | None,
+    columns: Mapping[str, Iterable[str]] | None = None,
+) -> Facts:
+    """The facts of a run, from those found of each model by its place in the spec, and of the prompt files.
+
+    columns: all that a file's rows have, by its field in `prompts`; None: not known.
+    """
     models = {loc: facts for loc, facts in found.items() if isinstance(facts, ModelFacts)}
     return Facts(
         model=models.get(("model",)),
@@ -134,6 +145,7 @@ def gather(spec: RunSpec, found: Mapping[Loc, ModelFacts | AdapterFacts], prompt
             if isinstance(reward, ModelReward) and (loc := ("rewards", index, "source")) in models
         },
         prompts=prompts,
+        columns={field: frozenset(names) - _PROMPT_COLUMNS for field, names in (columns or {}).items()},
     )
 
 

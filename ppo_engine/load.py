@@ -6,7 +6,7 @@ Loads safetensors only, and no code that a model brings along. Knows no processe
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,8 +57,10 @@ class Loaded:
     value_model: nn.Module | None
 
 
-def read_facts(spec: RunSpec, prompts: int) -> Facts:
+def read_facts(spec: RunSpec, prompts: int, columns: Mapping[str, Iterable[str]] | None = None) -> Facts:
     """What can be known without loading a model; of one on the hub, nothing.
+
+    columns: as in `facts.gather`.
 
     Raises:
         SpecError: a directory is no model.
@@ -73,7 +75,7 @@ def read_facts(spec: RunSpec, prompts: int) -> Facts:
                 issues.append(Issue(loc=loc, msg=str(error)))
     if issues:
         raise SpecError(issues)
-    return gather(spec, found, prompts)
+    return gather(spec, found, prompts, columns)
 
 
 def read_rows(run_dir: RunDir, file_id: str, loc: Loc) -> list[dict[str, Any]]:

@@ -22,6 +22,7 @@ from ppo_engine.spec import (
     ModelReward,
     RunSpec,
     SpecError,
+    StringCheck,
     ValueHead,
     ValueModel,
     check_fields,
@@ -121,7 +122,20 @@ def check(spec: RunSpec, facts: Facts) -> list[Issue]:
         if isinstance(reward, ModelReward) and reward.name in facts.rewards:
             loc: Loc = ("rewards", index, "source")
             issues += check_reward_model(facts.rewards[reward.name], loc)
+        if isinstance(reward, StringCheck) and reward.column is not None:
+            issues += _check_column(reward.column, facts.columns, ("rewards", index, "column"))
     return issues
+
+
+def _check_column(column: str, columns: Mapping[str, frozenset[str]], loc: Loc) -> Iterator[Issue]:
+    for field, known in columns.items():
+        if column not in known:
+            yield Issue(
+                loc=loc,
+                msg=f"{shown(column)} given; beside the prompts, the file of prompts.{field} has the columns "
+                f"{shown(sorted(known), 400)}: choose of these, or upload a file that has it.",
+            )
+            return
 
 
 def _under(section: str, issues: Iterator[Issue]) -> list[Issue]:

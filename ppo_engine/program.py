@@ -237,7 +237,9 @@ def _trainer(run_dir: RunDir, spec: RunSpec, attempt: int, watch: Watch) -> RunT
     _require_as_planned(spec.resources, "gpus", processes_started())
     train_rows = read_rows(run_dir, spec.prompts.train, ("prompts", "train"))
     eval_rows = spec.prompts.eval and read_rows(run_dir, spec.prompts.eval, ("prompts", "eval"))
-    facts = read_facts(spec, len(train_rows))
+    rows = {"train": train_rows} | ({"eval": eval_rows} if eval_rows else {})
+    columns = {field: {name for row in several for name in row} for field, several in rows.items()}
+    facts = read_facts(spec, len(train_rows), columns)
     has_gpu = torch.cuda.is_available()
     args = PPOConfig.from_spec(
         spec,

@@ -16,7 +16,7 @@ from service import migrate
 from service.errors import ServiceError
 from service.settings import Settings
 from service.store import keys
-from service.store.session import Store
+from service.store.session import Store, driver_url
 
 _PAGE = 100
 
@@ -31,9 +31,11 @@ class UnknownProject(ServiceError):
 class NoSchema(ServiceError):
     """The database is not ready for this release."""
 
-    def __init__(self) -> None:
+    def __init__(self, url: str) -> None:
         super().__init__(
-            "The database's schema is not this release's; run 'python -m service.migrate' first."
+            f"The database {driver_url(url)!r} has not the schema of this release. If it is the one meant, "
+            "run 'python -m service.migrate' first; else set PROXIMA_DATABASE_URL, or PROXIMA_DATA_DIR (that "
+            "of make serve is .proxima)."
         )
 
 
@@ -65,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
 
 async def _run(settings: Settings, arguments: argparse.Namespace) -> list[str]:
     if await asyncio.to_thread(migrate.pending, settings.database_url):
-        raise NoSchema
+        raise NoSchema(settings.database_url)
     store = Store.open(settings.database_url)
     try:
         if arguments.command == "create-key":

@@ -71,6 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.update(environment)
     settings = Settings()
     migrate.upgrade(settings.database_url)
+    (settings.data_dir / "models").mkdir(exist_ok=True)
     key = _first_key(settings)
     try:
         _run(options.host, options.port, environment, key, signals)

@@ -7,7 +7,7 @@ This module knows no HTTP, no database, and loads no weights.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -125,8 +125,15 @@ def _plugin_issues(spec: RunSpec) -> Iterator[Issue]:
             )
 
 
-def read_facts(spec: RunSpec, given: RunSpec, prompts: int | None) -> Facts:
+def read_facts(
+    spec: RunSpec,
+    given: RunSpec,
+    prompts: int | None,
+    columns: Mapping[str, Iterable[str]] | None = None,
+) -> Facts:
     """What can be told of a resolved spec's models from here; `given` is the spec as its owner wrote it.
+
+    columns: as in the engine's `facts.gather`.
 
     Raises:
         SpecError: with every directory that is no model.
@@ -150,7 +157,7 @@ def read_facts(spec: RunSpec, given: RunSpec, prompts: int | None) -> Facts:
             issues.append(Issue(loc=(*loc, "path"), msg=msg))
     if issues:
         raise SpecError(issues)
-    return gather(spec, found, prompts)
+    return gather(spec, found, prompts, columns)
 
 
 def _is_visible(source: ModelSource) -> bool:

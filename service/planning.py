@@ -20,6 +20,7 @@ from service.errors import Invalid, NotFound
 from service.settings import Settings
 from service.specs import unstorable
 from service.store import files
+from service.store.models import File
 from service.store.session import Store
 
 ROOT: Loc = ("spec",)
@@ -61,17 +62,18 @@ class Planner:
         # Disks may be slow and specs large: neither is to be waited for on the event loop.
         given = await anyio.to_thread.run_sync(_read, raw)
         async with self._store.read() as session:
-            rows, issues = await _find_prompts(session, project_id, given)
-        return await anyio.to_thread.run_sync(self._fit, given, rows, issues)
+            found, issues = await _find_prompts(session, project_id, given)
+        return await anyio.to_thread.run_sync(self._fit, given, found, issues)
 
-    def _fit(self, given: RunSpec, prompts: int | None, issues: list[Issue]) -> Planned:
+    def _fit(self, given: RunSpec, found: Mapping[str, File], issues: list[Issue]) -> Planned:
         try:
             spec = models.resolve(given, self._roots, allow_hub=self._allow_hub)
         except SpecError as error:
             raise SpecError([*issues, *error.issues]) from None
         if issues:
             raise SpecError(issues)
-        return Planned(given, plan(spec, models.read_facts(spec, given, prompts)))
+        columns = {field: file.columns for field, file in found.items()}
+        return Planned(given, plan(spec, models.read_facts(spec, given, found["train"].rows, columns)))
 
 
 def _read(raw: Mapping[str, Any]) -> RunSpec:
@@ -88,16 +90,16 @@ def invalid(issues: list[Issue]) -> Invalid:
 
 async def _find_prompts(
     session: AsyncSession, project_id: str, spec: RunSpec
-) -> tuple[int | None, list[Issue]]:
-    """The number of rows to train on, and what is wrong with the files named."""
-    rows: dict[str, int] = {}
+) -> tuple[dict[str, File], list[Issue]]:
+    """The files of prompts, by their fields, and what is wrong with those named."""
+    found: dict[str, File] = {}
     issues: list[Issue] = []
     for field, file_id in (("train", spec.prompts.train), ("eval", spec.prompts.eval)):
         if file_id is None:
             continue
         try:
-            rows[field] = (await files.get_file(session, project_id, file_id)).rows
+            found[field] = await files.get_file(session, project_id, file_id)
         except NotFound:
             msg = f"{shown(file_id)} given; this project has no such file: upload it, and give its id."
             issues.append(Issue(loc=("prompts", field), msg=msg))
-    return rows.get("train"), issues
+    return found, issues

@@ -8,20 +8,27 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from ppo_engine.run_dir import RunDir
 from ppo_engine.spec import HubModel
-from worker.outage import Outage
+from worker.outage import Outage, Patience, persist
 from worker.process import Program, running
 
 DOWNLOAD = Path(__file__).with_name("hub_download.py")
 LATER = 75  # as there: what could not be had now may be had another time
+PATIENCE_SECONDS = 60.0
+"""For which an attempt waits for a hub that is away: other jobs wait for this one meanwhile."""
 ANSWER = ".snapshot"
 
 
 class ModelUnavailable(Exception):
     """A model of the hub cannot be had; the message says which, and why."""
+
+
+class HubAway(Exception):
+    """A model of the hub could not be had, and may be another time; the message says which, and why."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +42,14 @@ class Hub:
 
         Raises:
             ModelUnavailable: it cannot be had.
-            Outage: the hub, or the way to it, is away.
+            HubAway: the hub, or the way to it, is away.
         """
+        try:
+            return await persist(partial(self._fetch, model, run_dir), Patience(PATIENCE_SECONDS))
+        except Outage as outage:
+            raise HubAway(str(outage)) from outage
+
+    async def _fetch(self, model: HubModel, run_dir: RunDir) -> Path:
         answer = run_dir.path / ANSWER
         answer.unlink(missing_ok=True)
         program = Program(

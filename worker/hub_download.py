@@ -10,7 +10,6 @@ download takes long, and can be ended at any moment.
 from __future__ import annotations
 
 import sys
-import traceback
 from pathlib import Path
 
 from huggingface_hub import constants, snapshot_download
@@ -34,8 +33,9 @@ def main(repo: str, revision: str, answer: Path) -> int:
         snapshot = snapshot_download(repo, revision=revision, allow_patterns=PATTERNS)
     except Exception as error:
         # Whatever the hub, the network, or the disk raises, it is why the model cannot be had.
-        traceback.print_exc()
-        answer.write_text(str(error).strip().partition("\n")[0])
+        reason = str(error).strip().partition("\n")[0]
+        sys.stderr.write(f"{repo} at {revision}: {reason}\n")
+        answer.write_text(reason)
         return 1 if isinstance(error, NEVER) or constants.HF_HUB_OFFLINE else LATER
     answer.write_text(snapshot)
     return 0

@@ -61,7 +61,7 @@ class Preparation:
         prompts = await self._fetch_prompts(claim, run_dir)
         damaged = await self._fetch_newest_whole(claim.checkpoints, run_dir)
         spec = models.resolve(given, self.model_roots, allow_hub=self.allow_hub_models)
-        plan = await self._check(spec, given, prompts[given.prompts.train].rows, run_dir)
+        plan = await self._check(spec, given, prompts, run_dir)
         await asyncio.to_thread(run_dir.write_spec, spec)
         return Ready(spec, plan, damaged)
 
@@ -97,7 +97,9 @@ class Preparation:
             await self.storage.download_to(resume.key_prefix + file.name, target, file.sha256)
         write_atomic(directory / MANIFEST, manifest.model_dump_json(indent=2).encode())
 
-    async def _check(self, spec: RunSpec, given: RunSpec, prompts: int, run_dir: RunDir) -> Plan:
+    async def _check(
+        self, spec: RunSpec, given: RunSpec, prompts: Mapping[str, File], run_dir: RunDir
+    ) -> Plan:
         if self.gpus and spec.resources.gpus > self.gpus:
             msg = f"{spec.resources.gpus} given; the worker that took the job has {self.gpus}: ask for fewer."
             raise SpecError([Issue(loc=("resources", "gpus"), msg=msg)])
@@ -113,16 +115,18 @@ class Preparation:
         }
 
 
-def _plan(spec: RunSpec, given: RunSpec, snapshots: Mapping[Loc, Path], prompts: int) -> Plan:
+def _plan(spec: RunSpec, given: RunSpec, snapshots: Mapping[Loc, Path], prompts: Mapping[str, File]) -> Plan:
     """Plan with the facts of all models, those of the hub read from their snapshots.
 
-    given: the spec as its owner wrote it, whose names of models messages use.
+    given: the spec as its owner wrote it, whose names of models messages use. prompts: files by their ids.
     """
     raw = spec.model_dump(mode="json")
     for loc, snapshot in snapshots.items():
         _put(raw, loc, LocalModel(path=str(snapshot)).model_dump(mode="json"))
     local = parse(raw)
-    return plan(spec, models.read_facts(local, given, prompts))
+    ids = {"train": given.prompts.train, "eval": given.prompts.eval}
+    columns = {field: prompts[file_id].columns for field, file_id in ids.items() if file_id is not None}
+    return plan(spec, models.read_facts(local, given, prompts[given.prompts.train].rows, columns))
 
 
 def _put(raw: Any, loc: Loc, value: dict[str, Any]) -> None:

@@ -25,7 +25,7 @@ from service.store.models import Artifact
 from service.store.session import Store
 from service.store.transitions import Claim, Fence, FenceLost
 from worker import launch
-from worker.hub import Hub, ModelUnavailable
+from worker.hub import Hub, HubAway, ModelUnavailable
 from worker.outage import Outage, Patience, first_line, outages, persist
 from worker.prepare import Preparation, Ready, discard
 from worker.process import Process, Program, running
@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.5
 PATIENCE_SECONDS = 600.0
-"""For which an attempt waits for storage, or a hub, that is away, before another one is to try."""
+"""For which an attempt waits for storage that is away, before another one is to try."""
 
 
 @dataclass(frozen=True)
@@ -153,6 +153,8 @@ class Attempt:
             return invalid(tuple(error.issues))
         except ModelUnavailable as error:
             return Verdict("failed", code="model_unavailable", message=str(error))
+        except HubAway as away:
+            return Verdict("queued", code="hub", message=str(away), spend_attempt=True)
         except Outage as outage:
             return Verdict("queued", code="outage", message=str(outage), spend_attempt=True)
         if ready is None:

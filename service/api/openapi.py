@@ -28,6 +28,9 @@ _REFUSALS = {
 }
 
 
+_EXAMPLE = "spec.ppo.kl_coef: -1 given. Input should be greater than or equal to 0; give 0 or more."
+
+
 class OpenAIError(BaseModel):
     """The same, as OpenAI's clients read it."""
 
@@ -54,11 +57,11 @@ class Problem(BaseModel):
                     "type": "urn:proxima:problem:invalid_request",
                     "title": "Unprocessable Content",
                     "status": 422,
-                    "detail": "spec.ppo.kl_coef: -1 given. Input should be greater than or equal to 0.",
+                    "detail": _EXAMPLE,
                     "instance": "/v1/jobs",
                     "request_id": "req_5d41402abc4b2a76b9719d91",
                     "error": {
-                        "message": "spec.ppo.kl_coef: -1 given. Input should be greater than or equal to 0.",
+                        "message": _EXAMPLE,
                         "type": "invalid_request_error",
                         "param": "spec.ppo.kl_coef",
                         "code": "invalid_request",
@@ -66,7 +69,7 @@ class Problem(BaseModel):
                     "issues": [
                         {
                             "loc": ["spec", "ppo", "kl_coef"],
-                            "msg": "-1 given. Input should be greater than or equal to 0.",
+                            "msg": "-1 given. Input should be greater than or equal to 0; give 0 or more.",
                         }
                     ],
                 }

@@ -179,7 +179,7 @@ def test_a_prompt_longer_than_the_context_fails_its_job_and_the_worker_takes_the
     assert "a prompt of 601 tokens" in issue["msg"], "what was given: the tokenizer puts one before"
     assert "context less response_length" in issue["msg"], "the rule"
     assert "shorten" in issue["msg"], "the fix"
-    assert "Traceback" not in error["message"]
+    assert "Traceback" not in error["message"] + error["log_tail"]
     assert list(proxima.follow(ids[1]))[-1]["data"]["state"] == "succeeded"
 
 

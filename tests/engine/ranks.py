@@ -13,12 +13,10 @@ import math
 import os
 import signal
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -32,6 +30,7 @@ from ppo_engine.__main__ import main as engine
 from ppo_engine.actor_critic import causal_lm
 from ppo_engine.draws import Purpose
 from ppo_engine.learn import NotFinite
+from ppo_engine.parallel import Parallel
 from ppo_engine.rewards import NamedReward, RewardBatch, Scorer
 from ppo_engine.run_dir import Acks, Control, RunDir
 from tests.engine import tiny
@@ -222,18 +221,23 @@ def stopped_twice(directory: Path) -> dict[str, Any]:
 
 
 def slow_uploads(directory: Path) -> dict[str, Any]:
-    """Checkpoints are taken away only after longer than a collective may last."""
+    """Checkpoints are taken away only once the last process has been asked again and again to wait."""
     run_dir = run_of(directory, ppo={"save_steps": 1, "total_episodes": 48})
     if RANK == 0:
         run_dir.write_acks(Acks())
-        every = Acks(checkpoints=(1, 2, 3))
-        threading.Timer(12.0, lambda: run_dir.write_acks(every)).start()
-    limit = torch.distributed.distributed_c10d._set_pg_timeout
-    limit(timedelta(seconds=5))
-    try:
-        return program(run_dir)
-    finally:
-        limit(timedelta(minutes=5))
+    asked, ask = [], Parallel.any
+
+    def patient(parallel: Parallel, flag: bool) -> bool:
+        asked.append(flag)
+        if RANK == PROCESSES - 1 and len(asked) == 9:  # two of them of the checkpoints that need not wait
+            run_dir.write_acks(Acks(checkpoints=(1, 2, 3)))
+        return ask(parallel, flag)
+
+    with mock.patch.object(Parallel, "any", patient):
+        result = program(run_dir)
+    acks = run_dir.read_acks()
+    assert acks is not None
+    return {**result, "acks": acks.checkpoints}
 
 
 # DeepSpeed ---------------------------------------------------------------------------------------------

@@ -132,12 +132,19 @@ MODEL = ModelFacts(
             "ppo.stop_token",
             ["eos", "stop_token_id"],
         ),
+        (
+            {"rewards": [{"type": "string_check", "name": "right", "column": "anwser"}]},
+            {},
+            "rewards.0.column",
+            ['"anwser"', '["answer"]', "prompts.train"],
+        ),
     ],
 )
 def test_a_rule_that_needs_facts(
     changes: dict[str, Any], model: dict[str, Any], loc: str, words: list[str]
 ) -> None:
-    found = issues(raw(**changes), Facts(model=MODEL.model_copy(update=model), prompts=1000))
+    columns = {"train": frozenset({"answer"})}
+    found = issues(raw(**changes), Facts(model=MODEL.model_copy(update=model), prompts=1000, columns=columns))
 
     assert list(found) == [loc]
     assert all(word in found[loc] for word in words), found[loc]

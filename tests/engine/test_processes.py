@@ -146,9 +146,9 @@ def test_a_signal_to_one_process_or_a_wish_stops_all_at_the_same_update(plain: S
         assert seen["checkpoints"] == [4, 6]
 
 
-def test_uploads_may_take_longer_than_a_collective(plain: Seen) -> None:
+def test_all_processes_stay_awake_while_uploads_lag(plain: Seen) -> None:
     for seen in plain("slow_uploads"):
-        assert (seen["outcome"], seen["update"]) == ("succeeded", 3)
+        assert (seen["outcome"], seen["update"], seen["acks"]) == ("succeeded", 3, [1, 2, 3])
 
 
 def test_processes_that_were_not_planned_are_refused(plain: Seen) -> None:

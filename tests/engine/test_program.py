@@ -353,6 +353,14 @@ def test_prompts_that_leave_no_room_are_named(tmp_path: Path, policy_dir: Path) 
     assert "31 tokens" in result.issues[0].msg
 
 
+def test_a_mistake_of_the_user_leaves_no_trace_in_the_log(tmp_path: Path, policy_dir: Path) -> None:
+    run_dir = make_run(tmp_path / "run", policy_dir, ppo={"response_length": 32})
+    with engine(run_dir) as process:
+        process.wait(PATIENCE)
+    assert "response_length: 32 given" in run_dir.log.read_text()
+    assert "Traceback" not in run_dir.log.read_text()
+
+
 def copy_of(whole: RunDir, directory: Path) -> tuple[RunDir, dict[str, Any]]:
     shutil.copytree(whole.path, directory)
     run_dir = RunDir(directory)

@@ -12,7 +12,7 @@ from ppo_engine.run_dir import RunDir
 from ppo_engine.spec import HubModel
 from tests.servers import free_port
 from tests.worker.fleet import MODEL, SPEC, Fleet
-from worker import train
+from worker import hub
 from worker.hub import Hub, ModelUnavailable
 
 pytestmark = pytest.mark.anyio
@@ -63,11 +63,11 @@ async def test_a_hub_that_is_away_is_asked_again_by_later_attempts(
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{free_port()}")
-    monkeypatch.setattr(train, "PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr(hub, "PATIENCE_SECONDS", 0.0)
     job_id = await embedded.submit({**SPEC, "model": {"type": "hub", "repo": "acme/other"}})
     await embedded.work("--updates", 1)
     job = await embedded.job(job_id)
-    assert (job.state, job.error_code, job.attempt) == ("failed", "outage", 3)
+    assert (job.state, job.error_code, job.attempt) == ("failed", "hub", 3)
     assert "the last: acme/other at main cannot be had from the hub: " in (job.error_message or "")
 
 
@@ -81,6 +81,6 @@ async def test_where_the_operator_allows_no_hub_none_is_asked(embedded: Fleet, c
 
 async def test_a_download_that_crashes_says_so(tmp_path: Path) -> None:
     run_dir = RunDir(tmp_path)
-    hub = Hub({"PYTHONHOME": "/nowhere"})  # no Python starts with that
+    broken = Hub({"PYTHONHOME": "/nowhere"})  # no Python starts with that
     with pytest.raises(ModelUnavailable, match="status 1"):
-        await hub.fetch(HubModel(repo="acme/tiny"), run_dir)
+        await broken.fetch(HubModel(repo="acme/tiny"), run_dir)

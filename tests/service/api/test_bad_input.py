@@ -275,6 +275,14 @@ CASES = [
         "ask the operator",
     ),
     # Patterns
+    bad_spec(
+        "a column that the prompts lack",
+        {"rewards": [{"type": "string_check", "name": "right", "column": "answer"}]},
+        ("rewards", 0, "column"),
+        '"answer"',
+        "the file of prompts.train has the columns []",
+        "upload a file that has it",
+    ),
     pattern("a pattern that is none", "(", "missing ) at position 1", "correct it there"),
     pattern("a pattern that unfolds", "(?:(?:(?:a){200}){200}){200}", "10000 are the most", "repeat less"),
     pattern("a pattern with a long count", "a{1000000000}", "10000 are the most", "repeat less"),

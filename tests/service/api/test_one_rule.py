@@ -24,6 +24,7 @@ from ppo_engine.spec import Issue, LocalModel, SpecError, parse, sources
 from tests.service.api.running import Running, make_model, spec, upload
 
 ROWS = 16
+PROMPT = {"prompt": "one", "y": "two"}
 Told = list[tuple[tuple[Any, ...], str]]
 
 # Models ------------------------------------------------------------------------------------------------
@@ -123,7 +124,7 @@ REWARD = st.one_of(
         {"type": st.just("string_check")},
         optional={
             "reference": st.just("x"),
-            "column": st.just("y"),
+            "column": st.sampled_from(["y", "y", "z"]),
             "operation": st.sampled_from(["eq", "in"]),
         },
     ),
@@ -177,7 +178,9 @@ def engine_says(raw: dict[str, Any], models: Path, output_dir: str) -> Told:
                 part = part[step]
             part["path"] = str(models / source.path)
         run = parse(placed)
-        PPOConfig.from_spec(run, read_facts(run, ROWS), output_dir, use_cpu=True, report_to="none")
+        columns = {field: PROMPT for field, file_id in run.prompts if file_id is not None}
+        facts = read_facts(run, ROWS, columns)
+        PPOConfig.from_spec(run, facts, output_dir, use_cpu=True, report_to="none")
     except SpecError as error:
         return told(error.issues)
     return []
@@ -212,7 +215,7 @@ def _in_spec(loc: tuple[str | int, ...]) -> tuple[str | int, ...]:
 @pytest.fixture(scope="module")
 def file_id(service: Running) -> str:
     with service.client("one-rule") as client:
-        return upload(client)
+        return upload(client, *[PROMPT] * ROWS)
 
 
 @pytest.fixture(scope="module")
