@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,6 +15,11 @@ from tests import servers
 
 NewDatabase = Callable[[], str]
 """Makes an empty, migrated database; gives its URL."""
+
+
+def pytest_configure() -> None:
+    # What a shell runs in its background has SIGINT ignored, and all that the tests start would inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
