@@ -1,6 +1,6 @@
 # Every target makes its own environment first. `make check` is the whole gate.
 .DEFAULT_GOAL := help
-.PHONY: help env demo serve test lint check format bench clean
+.PHONY: help env demo serve test torture lint check format bench bench-full learn clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -35,6 +35,13 @@ serve: env  ## API, worker, and broker on this machine, until Ctrl-C
 test: env  ## The suite
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
+# One seed once more: make torture TORTURE_RUNS=1 TORTURE_SEED=57
+TORTURE_RUNS ?= 200
+TORTURE_SEED ?= 1
+
+torture: env  ## Kill hundreds of runs anywhere; each must end with the same bytes
+	$(BIN)/python -m tests.engine.torture --runs $(TORTURE_RUNS) --seed $(TORTURE_SEED)
+
 lint: env  ## Format, lint, import contracts, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -49,6 +56,12 @@ format: env  ## Put the code into shape
 
 bench: env  ## Side by side with TRL 1.12, and the service under load
 	$(BIN)/python -m benchmarks
+
+bench-full: env  ## The whole grid beside TRL 1.12, batches of 128 too; hours
+	$(BIN)/python -m benchmarks grid
+
+learn: env  ## Reward curves over seeds: the figures and pictures of docs/learning.md; about an hour
+	$(BIN)/python -m benchmarks.learning
 
 clean:  ## Remove the environment
 	rm -rf $(VENV)

@@ -63,7 +63,7 @@ def run() -> ServiceFigures:
     """Measures both; the load runs without a worker, so that nothing competes for the database."""
     with tempfile.TemporaryDirectory(prefix="proxima-bench-") as scratch:
         model = Path(scratch) / "models" / "tiny"
-        workload.make(workload.SIZES[0], model)
+        workload.make(workload.SMALL, model)
         with api(Path(scratch) / "load", model.parent) as (url, key, _):
             loads = [load(url, key, model, connections) for connections in CONNECTIONS]
         with (

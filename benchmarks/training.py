@@ -13,52 +13,59 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from benchmarks import trl_environment, workload
+from benchmarks.cells import Comparison, Contender
+from benchmarks.floor import matrix_rate, operations
 
 CELL = Path(__file__).with_name("training_cell.py")
 WARM_UP = 1
-# Past this many seconds no further round is begun, nor a comparison: what is left out is said.
-BUDGET_SECONDS = 1200
-
-
-@dataclass(frozen=True)
-class Contender:
-    """One side of a comparison."""
-
-    label: str
-    library: str
-    method: str
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Contenders that train the same model in the same rounds; the first is the yardstick."""
-
-    title: str
-    size: workload.Size
-    contenders: tuple[Contender, ...]
-    rounds: int
+THREADS, PPO_EPOCHS = 2, 4
 
 
 @dataclass
 class Row:
-    """What was measured of one contender: seconds of each timed update, and the peak of its memory."""
+    """What was measured of one contender.
+
+    seconds: of each timed update. rollouts: of each, the seconds of sampling, the tokens of responses, and
+    those of responses with their prompts. phases: seconds of each phase of each update, where a trainer tells
+    them.
+    matrix_rate: floating-point operations a second, as measured before.
+    """
 
     comparison: Comparison
     contender: Contender
     seconds: list[float] = field(default_factory=list)
+    rollouts: list[dict[str, float]] = field(default_factory=list)
+    phases: list[dict[str, float]] = field(default_factory=list)
+    matrix_rate: float = 0.0
     peak_rss_bytes: int = 0
     versions: dict[str, str] = field(default_factory=dict)
+    failure: str | None = None
 
     @property
     def updates_per_second(self) -> float:
         return 1 / statistics.median(self.seconds)
+
+    @property
+    def rollout_tokens_per_second(self) -> float:
+        """Tokens of responses that count, over the seconds of sampling: the median update's."""
+        return statistics.median(told["response_tokens"] / told["seconds"] for told in self.rollouts)
+
+    @property
+    def over_floor(self) -> float:
+        """How many times the floor an update took: the median."""
+        epochs, method = PPO_EPOCHS, self.contender.method
+        pairs = zip(self.seconds, self.rollouts, strict=True)
+        return statistics.median(
+            seconds * self.matrix_rate / operations(self.comparison.size, method, told["text_tokens"], epochs)
+            for seconds, told in pairs
+        )
 
     def speed_against(self, yardstick: "Row") -> float:
         """How many times as fast as the yardstick: the median over the rounds."""
@@ -66,34 +73,22 @@ class Row:
         return statistics.median(theirs / own for theirs, own in pairs)
 
 
-FULL = (Contender("TRL 1.12", "trl", "full"), Contender("Proxima", "proxima", "full"))
-LORA = (
-    Contender("TRL 1.12", "trl", "lora"),
-    Contender("Proxima", "proxima", "lora"),
-    Contender("Proxima, value head on the trunk", "proxima", "lora-head"),
-)
-ROUNDS = {"0.4M": 12, "33M": 3}
-
-
-def comparisons() -> Iterator[Comparison]:
-    for size in workload.SIZES:
-        yield Comparison(f"{size.name} full", size, FULL, ROUNDS[size.name])
-        yield Comparison(f"{size.name} LoRA", size, LORA, ROUNDS[size.name])
-
-
-def run() -> list[Row]:
-    """Measures everything; prints a line per round."""
-    interpreters = {"trl": str(trl_environment.python()), "proxima": sys.executable}
-    deadline = time.monotonic() + BUDGET_SECONDS
+def run(comparisons: Sequence[Comparison], budget_seconds: float) -> list[Row]:
+    """Measures them, in order; prints a line per round. Past its budget it begins none, and says so."""
+    interpreters = {"proxima": sys.executable}
+    if any(contender.library == "trl" for one in comparisons for contender in one.contenders):
+        interpreters["trl"] = str(trl_environment.python())
+    deadline = time.monotonic() + budget_seconds
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="proxima-bench-") as scratch:
-        for size in workload.SIZES:
-            parameters = workload.make(size, Path(scratch) / size.name)
-            print(f"made a Llama of {parameters:,} parameters ({size.name})", flush=True)
-        for comparison in comparisons():
+        for comparison in comparisons:
             if time.monotonic() > deadline:
-                print(f"  {comparison.title} left out: {BUDGET_SECONDS} s are spent", flush=True)
+                print(f"  {comparison.title} left out: {budget_seconds:.0f} s are spent", flush=True)
                 continue
+            directory = Path(scratch) / comparison.size.name
+            if not directory.exists():
+                parameters = workload.make(comparison.size, directory)
+                print(f"made a Llama of {parameters:,} parameters ({comparison.size.name})", flush=True)
             rows += compare(comparison, interpreters, Path(scratch), deadline)
     return rows
 
@@ -101,27 +96,54 @@ def run() -> list[Row]:
 def compare(
     comparison: Comparison, interpreters: dict[str, str], scratch: Path, deadline: float
 ) -> list[Row]:
-    """All contenders of a comparison, in turns."""
-    rows = [Row(comparison, contender) for contender in comparison.contenders]
+    """All contenders of a comparison, in turns. One that fails takes no more turns, and says why."""
+    rate = matrix_rate(THREADS)
+    rows = [Row(comparison, contender, matrix_rate=rate) for contender in comparison.contenders]
     with ExitStack() as stack:
-        turns = [
-            stack.enter_context(started(row, interpreters[row.contender.library], scratch)) for row in rows
-        ]
+        turns: dict[int, Turn] = {}
+        for index, row in enumerate(rows):
+            with told_as_failure(row):
+                started_one = started(row, interpreters[row.contender.library], scratch)
+                turns[index] = stack.enter_context(started_one)
         for number in range(WARM_UP + comparison.rounds):
             if number > WARM_UP and time.monotonic() > deadline:
                 break
-            for row, turn in zip(rows, turns, strict=True):
-                note(row, turn.update(), is_timed=number >= WARM_UP)
+            for index, row in enumerate(rows):
+                if row.failure is None:
+                    with told_as_failure(row):
+                        note(row, turns[index].update(), is_timed=number >= WARM_UP)
             if number >= WARM_UP:
-                timings = "   ".join(f"{row.contender.label} {row.seconds[-1]:.2f} s" for row in rows)
-                print(f"  {comparison.title:10} {timings}", flush=True)
+                print(f"  {comparison.title:14} {'   '.join(map(of_round, rows))}", flush=True)
+        for index, row in enumerate(rows):
+            if row.failure is None and len(row.seconds) == comparison.rounds:
+                row.phases = turns[index].update()["phases"][WARM_UP:]
     return rows
+
+
+def of_round(row: Row) -> str:
+    took = f"{row.seconds[-1]:.2f} s" if row.failure is None else "failed"
+    return f"{row.contender.label} {took}"
+
+
+@contextmanager
+def told_as_failure(row: Row) -> Iterator[None]:
+    """A trainer that ends before its time is a result of the cell, not the end of the benchmark."""
+    try:
+        yield
+    except TrainerEnded as error:
+        row.failure = str(error)
+        print(f"  {error}", flush=True)
 
 
 def note(row: Row, told: dict[str, Any], is_timed: bool) -> None:
     row.peak_rss_bytes = told["peak_rss_bytes"]
     if is_timed:
         row.seconds.append(told["seconds"])
+        row.rollouts.append(told["rollout"])
+
+
+class TrainerEnded(RuntimeError):
+    """A trainer's process has ended before its time; the message has its last lines of output."""
 
 
 class Turn:
@@ -142,7 +164,7 @@ class Turn:
         line = self._lines.readline()
         if not line:
             tail = "\n".join(self._log.read_text(errors="replace").splitlines()[-30:])
-            raise RuntimeError(f"{self._title} ended before its time; its last lines:\n{tail}")
+            raise TrainerEnded(f"{self._title} ended before its time; its last lines:\n{tail}")
         told: dict[str, Any] = json.loads(line)
         return told
 
@@ -177,6 +199,7 @@ def options(row: Row, scratch: Path, output: Path, referee: int) -> list[str]:
         *("--library", contender.library, "--method", contender.method),
         *("--workload", str(scratch / comparison.size.name)),
         *("--updates", str(WARM_UP + comparison.rounds)),
+        *("--batch", str(comparison.batch), "--response", str(comparison.response)),
         *("--output", str(output), "--referee", str(referee)),
     ]
 

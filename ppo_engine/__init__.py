@@ -8,12 +8,28 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ppo_engine.advantages import masked_mean, masked_var, masked_whiten
     from ppo_engine.config import PPOConfig
+    from ppo_engine.load import load_reward_adapter
     from ppo_engine.trainer import PPOTrainer
 
-__all__ = ["PPOConfig", "PPOTrainer"]
+__all__ = [
+    "PPOConfig",
+    "PPOTrainer",
+    "load_reward_adapter",
+    "masked_mean",
+    "masked_var",
+    "masked_whiten",
+]
 
-_HOME = {"PPOConfig": "ppo_engine.config", "PPOTrainer": "ppo_engine.trainer"}
+_HOME = {
+    "PPOConfig": "ppo_engine.config",
+    "PPOTrainer": "ppo_engine.trainer",
+    "load_reward_adapter": "ppo_engine.load",
+    "masked_mean": "ppo_engine.advantages",
+    "masked_var": "ppo_engine.advantages",
+    "masked_whiten": "ppo_engine.advantages",
+}
 
 
 def __getattr__(name: str) -> Any:

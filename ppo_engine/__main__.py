@@ -13,8 +13,9 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
+from ppo_engine.issues import SpecError
 from ppo_engine.run_dir import Reason, Result, RunDir
-from ppo_engine.spec import RunSpec, SpecError
+from ppo_engine.spec import RunSpec
 from ppo_engine.watch import Watch
 
 
@@ -30,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         run_dir.result.unlink(missing_ok=True)
     with Watch(run_dir, is_main=is_main) as watch:
         result = _run(run_dir, options.attempt, watch)
-    if is_main or result.outcome == "failed":
+    if is_main or result.outcome == "failed" or result.reason == "oom":
         run_dir.write_result(result)
     return 1 if result.outcome == "failed" else 0
 
@@ -53,6 +54,7 @@ def _train(run_dir: RunDir, spec: RunSpec, attempt: int, watch: Watch) -> Result
 
     from ppo_engine.checkpoint import CheckpointMismatch  # noqa: PLC0415
     from ppo_engine.learn import NotFinite  # noqa: PLC0415
+    from ppo_engine.memory import OutOfMemory  # noqa: PLC0415
     from ppo_engine.program import run  # noqa: PLC0415
     from ppo_engine.rewards import RewardError  # noqa: PLC0415
 
@@ -64,7 +66,7 @@ def _train(run_dir: RunDir, spec: RunSpec, attempt: int, watch: Watch) -> Result
         return _failed("reward", error, watch)
     except (NotFinite, FloatingPointError) as error:
         return _failed("nan", error, watch)
-    except (torch.OutOfMemoryError, MemoryError) as error:
+    except (OutOfMemory, torch.OutOfMemoryError, MemoryError) as error:
         return _failed("oom", error, watch)
 
 

@@ -8,7 +8,6 @@ This module does not know adapters' roles, what is learned, or processes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +15,9 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
-from ppo_engine.losses import entropy
-
-_CHUNK_ELEMENTS = 2**24  # logits held at a time: 64 MiB in fp32
+from ppo_engine.adapters import REWARD_HEADS, Switch, parameters_of
+from ppo_engine.logprobs import CHUNK_ELEMENTS, Entropies, output_logits, token_logprobs
 
 
 @dataclass(frozen=True)
@@ -28,11 +25,11 @@ class TokenOutputs:
     """Per response token, rows one after the other, fp32.
 
     logprobs_N, entropies_N: of the distribution sampled from (temperature applied). values_N: of the state
-    before the token; None where the module has no value. Entropies carry no gradient.
+    before the token. None: what was not asked for.
     """
 
     logprobs_N: Tensor
-    entropies_N: Tensor
+    entropies_N: Tensor | None
     values_N: Tensor | None
 
 
@@ -53,39 +50,73 @@ def response_slots(prompt_lengths_B: Tensor, response_lengths_B: Tensor, width: 
     return (position_1T >= first_B1) & (position_1T < first_B1 + response_lengths_B[:, None])
 
 
-class ValueHead(nn.Linear):
-    """A linear map from hidden state to value that starts at zero and computes in fp32, whatever it holds."""
+class ScalarHead(nn.Linear):
+    """A linear map from hidden state to one number that starts at zero.
 
-    def __init__(self, width: int) -> None:
-        super().__init__(width, 1)
-        nn.init.zeros_(self.weight)
-        nn.init.zeros_(self.bias)
+    It computes in fp32, whatever it holds.
+    """
+
+    def __init__(self, width: int, *, bias: bool = True) -> None:
+        super().__init__(width, 1, bias=bias)
+        for parameter in self.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, hidden_ND: Tensor) -> Tensor:
         with torch.autocast(hidden_ND.device.type, enabled=False):
-            return F.linear(hidden_ND.float(), self.weight.float(), self.bias.float()).squeeze(-1)
+            bias = None if self.bias is None else self.bias.float()
+            return F.linear(hidden_ND.float(), self.weight.float(), bias).squeeze(-1)
 
 
 class ActorCritic(nn.Module):
-    """A policy and, if asked for, its value.
+    """A policy and, if asked for, its value, and a reward on the policy's own base.
 
     policy: a causal language model, or a peft model around one.
     value_model: a sequence-classification model with a `score` head and a trunk of its own, or None.
     value_head: with no value_model, put a head on the policy's trunk.
+    value_adapter: the policy's adapter with which the trunk computes for that head; None: the policy's own.
+    reward_adapter: the policy's adapter whose score is a reward; its head lies on the policy.
     """
 
-    def __init__(self, policy: nn.Module, value_model: nn.Module | None, *, value_head: bool) -> None:
+    def __init__(
+        self,
+        policy: nn.Module,
+        value_model: nn.Module | None,
+        *,
+        value_head: bool,
+        value_adapter: str | None = None,
+        reward_adapter: str | None = None,
+    ) -> None:
         super().__init__()
         self.policy = policy
         self.value_model = value_model
         width = causal_lm(policy).config.get_text_config().hidden_size
-        self.value_head = ValueHead(width) if value_head and value_model is None else None
+        self.value_head = ScalarHead(width) if value_head and value_model is None else None
+        self.value_adapter = value_adapter
+        self.reward_adapter = reward_adapter
+        self._switch = Switch(policy)
+
+    def critic_parameters(self) -> list[nn.Parameter]:
+        """What the value alone is made of: its head and adapter, or its model."""
+        parts = [part for part in (self.value_head, self.value_model) if part is not None]
+        found = [parameter for part in parts for parameter in part.parameters()]
+        if self.value_adapter is not None:
+            found += parameters_of(self.policy, self.value_adapter).values()
+        return found
 
     @property
     def config(self) -> Any:
         return causal_lm(self.policy).config
 
-    def forward(
+    def forward(self, *rows: Tensor, **asked: Any) -> TokenOutputs | Tensor:
+        """`token_outputs`, or with `of_reward=True` the `reward_scores`, of right-padded rows.
+
+        What is prepared for several processes has this one entrance.
+        """
+        if asked.pop("of_reward", False):
+            return self.reward_scores(*rows, **asked)
+        return self.token_outputs(*rows, **asked)
+
+    def token_outputs(
         self,
         input_ids_BT: Tensor,
         attention_mask_BT: Tensor,
@@ -94,21 +125,47 @@ class ActorCritic(nn.Module):
         *,
         temperature: float,
         with_value: bool = True,
+        critic_only: bool = False,
+        entropies: Entropies = "none",
     ) -> TokenOutputs:
-        """Log-probabilities, entropies, and values of the response tokens of right-padded rows."""
+        """Log-probabilities, entropies, and values of the response tokens of right-padded rows.
+
+        critic_only: the values' gradient stops at a trunk that is the policy's.
+        """
         slots_BT = response_slots(prompt_lengths_B, response_lengths_B, input_ids_BT.shape[1])
         targets_N = input_ids_BT[:, 1:][slots_BT[:, :-1]]
         model = causal_lm(self.policy)
         inputs = {"input_ids": input_ids_BT, "attention_mask": attention_mask_BT, "use_cache": False}
         hidden_ND = trunk(model)(**inputs).last_hidden_state[slots_BT]
-        chunk = max(1, _CHUNK_ELEMENTS // model.config.get_text_config().vocab_size)
+        chunk = max(1, CHUNK_ELEMENTS // model.config.get_text_config().vocab_size)
         logprobs_N, entropies_N = token_logprobs(
-            hidden_ND, targets_N, output_logits(model), temperature, chunk
+            hidden_ND, targets_N, output_logits(model, temperature), chunk, entropies
         )
-        values_N = self._values(hidden_ND, slots_BT, inputs) if with_value else None
+        trunk_ND = hidden_ND.detach() if critic_only else hidden_ND
+        values_N = self._values(trunk_ND, slots_BT, inputs) if with_value else None
         return TokenOutputs(logprobs_N, entropies_N, values_N)
 
+    def reward_scores(
+        self,
+        input_ids_BT: Tensor,
+        attention_mask_BT: Tensor,
+        prompt_lengths_B: Tensor,
+        response_lengths_B: Tensor,
+    ) -> Tensor:
+        """The reward adapter's score [B] of each row, fp32, read at its last token."""
+        assert self.reward_adapter is not None, "asked of what has no reward adapter"
+        inputs = {"input_ids": input_ids_BT, "attention_mask": attention_mask_BT, "use_cache": False}
+        with self._switch.computing_with(self.reward_adapter):
+            hidden_BTD = trunk(causal_lm(self.policy))(**inputs).last_hidden_state
+        last_B = prompt_lengths_B + response_lengths_B - 1
+        last_BD = hidden_BTD[torch.arange(len(last_B), device=last_B.device), last_B]
+        heads: Any = getattr(self.policy, REWARD_HEADS)
+        return heads[self.reward_adapter](last_BD)  # type: ignore[no-any-return]
+
     def _values(self, hidden_ND: Tensor, slots_BT: Tensor, inputs: dict[str, Any]) -> Tensor | None:
+        if self.value_adapter is not None:
+            with self._switch.computing_with(self.value_adapter):
+                hidden_ND = trunk(causal_lm(self.policy))(**inputs).last_hidden_state[slots_BT]
         if self.value_head is not None:
             return self.value_head(hidden_ND)  # type: ignore[no-any-return]
         if self.value_model is None:
@@ -116,44 +173,3 @@ class ActorCritic(nn.Module):
         hidden_ND = trunk(self.value_model)(**inputs).last_hidden_state[slots_BT]
         score: Any = self.value_model.score
         return score(hidden_ND).float().squeeze(-1)  # type: ignore[no-any-return]
-
-
-def output_logits(model: Any) -> Callable[[Tensor], Tensor]:
-    """Hidden states → fp32 logits as the model's own forward makes them, its scaling and capping included."""
-    head, config = model.get_output_embeddings(), model.config.get_text_config()
-    scale = getattr(config, "logit_scale", None) or 1.0
-    divisor = getattr(config, "logits_scaling", None) or 1.0
-    cap = getattr(config, "final_logit_softcapping", None)
-
-    def logits(hidden_ND: Tensor) -> Tensor:
-        logits_NV: Tensor = head(hidden_ND).float() * (scale / divisor)
-        return logits_NV if cap is None else cap * torch.tanh(logits_NV / cap)
-
-    return logits
-
-
-def token_logprobs(
-    hidden_ND: Tensor,
-    targets_N: Tensor,
-    logits: Callable[[Tensor], Tensor],
-    temperature: float,
-    chunk: int,
-) -> tuple[Tensor, Tensor]:
-    """Log-probability of each target, and entropy, at a temperature; both [N].
-
-    More than `chunk` tokens are taken chunk by chunk, their logits made again in the backward pass.
-    """
-
-    def of_chunk(hidden_CD: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor]:
-        logprobs_CV = (logits(hidden_CD) / temperature).log_softmax(-1)
-        with torch.no_grad():
-            entropies_C = entropy(logprobs_CV)
-        return logprobs_CV.gather(-1, targets_C[:, None]).squeeze(-1), entropies_C
-
-    if len(hidden_ND) <= chunk:
-        return of_chunk(hidden_ND, targets_N)
-    parts = [
-        checkpoint(of_chunk, *part, use_reentrant=False, preserve_rng_state=False)
-        for part in zip(torch.split(hidden_ND, chunk), torch.split(targets_N, chunk), strict=True)
-    ]
-    return torch.cat([logprobs for logprobs, _ in parts]), torch.cat([entropies for _, entropies in parts])

@@ -13,10 +13,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ppo_engine.draws import Purpose, stream
+
+FORWARD_TOKENS = 64  # a forward and backward more costs about as much as so many tokens of padding
 
 
 @dataclass(frozen=True)
@@ -27,8 +30,11 @@ class Rollout:
         names the row's random numbers.
     prompts, responses: as text; a response without its stop token and without special tokens.
     response_ids: cut after the stop token, which is part of them; at least one.
-    finished: whether the response ended with the stop token.
+    finished: whether the response has the stop token, with which it ends; in a run without one, whether the
+        tokenizer's eos is somewhere in it.
     columns: further columns of the row's prompt.
+    written: of each response token, whether the policy wrote it; those it did not (a tool's answer) are read,
+        and neither rewarded, nor discounted through, nor trained on. None: it wrote all.
     """
 
     rows: list[int]
@@ -38,11 +44,15 @@ class Rollout:
     response_ids: list[list[int]]
     finished: list[bool]
     columns: list[dict[str, Any]]
+    written: list[list[bool]] | None = None
 
     def __post_init__(self) -> None:
-        assert len({len(entries) for entries in vars(self).values()}) == 1, "one entry per row"
+        given = [entries for entries in vars(self).values() if entries is not None]
+        assert len({len(entries) for entries in given}) == 1, "one entry per row"
         assert all(self.prompt_ids), "a prompt has tokens"
         assert all(self.response_ids), "a response has tokens"
+        lengths = [len(ids) for ids in self.response_ids]
+        assert self.written is None or [len(row) for row in self.written] == lengths, "one flag per token"
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -59,9 +69,9 @@ class Experience:
 
     prompt_ids, response_ids: as in `Rollout`. response_lengths_B: of the latter.
     logprobs_BR, ref_logprobs_BR: of each response token, by the policy that wrote it and by the reference.
-    values_BR: of the state before each token. rewards_BR: of each token, KL and score, before whitening.
-    advantages_BR, returns_BR: from `advantages.gae`.
-    mask_BR: the tokens that are trained on: those the policy wrote.
+    rewards_BR: of each token, KL and score, before whitening. advantages_BR: whitened, where they are.
+    values_BR: of the state before each token. returns_BR: what they should have been. None without a critic.
+    mask_BR: the tokens that are trained on: those the policy wrote. weights_BR: what each weighs in a loss.
     """
 
     prompt_ids: list[list[int]]
@@ -69,11 +79,12 @@ class Experience:
     response_lengths_B: Tensor
     logprobs_BR: Tensor
     ref_logprobs_BR: Tensor
-    values_BR: Tensor
     rewards_BR: Tensor
     advantages_BR: Tensor
-    returns_BR: Tensor
+    values_BR: Tensor | None
+    returns_BR: Tensor | None
     mask_BR: Tensor
+    weights_BR: Tensor
 
     def __len__(self) -> int:
         return len(self.response_ids)
@@ -86,34 +97,39 @@ class Experience:
     def tokens(self, rows: Sequence[int]) -> TokenExperience:
         """The response tokens of some rows, in the order a forward of `collate(…, rows, …)` returns them.
 
-        No rows: one token of weight zero, to match the row that `collate` makes up.
+        Those the policy did not write are left out; `mask_N` tells which of the forward's are kept.
         """
-        if not rows:
-            zero_N = self.logprobs_BR.new_zeros(1)
-            return TokenExperience(zero_N, zero_N, zero_N, zero_N, zero_N.bool())
         chosen = torch.as_tensor(rows, device=self.mask_BR.device)
         lengths_B = self.response_lengths_B[chosen]
+        mask_N = flatten_tokens(self.mask_BR[chosen], lengths_B)
 
         def flat(values_BR: Tensor) -> Tensor:
-            return flatten_tokens(values_BR[chosen], lengths_B)
+            return flatten_tokens(values_BR[chosen], lengths_B)[mask_N]
 
         return TokenExperience(
             logprobs_N=flat(self.logprobs_BR),
-            values_N=flat(self.values_BR),
+            ref_logprobs_N=flat(self.ref_logprobs_BR),
             advantages_N=flat(self.advantages_BR),
-            returns_N=flat(self.returns_BR),
-            mask_N=flat(self.mask_BR),
+            values_N=None if self.values_BR is None else flat(self.values_BR),
+            returns_N=None if self.returns_BR is None else flat(self.returns_BR),
+            weights_N=flat(self.weights_BR),
+            mask_N=mask_N,
         )
 
 
 @dataclass(frozen=True)
 class TokenExperience:
-    """The part of an experience that losses read, per response token; fields as in `Experience`."""
+    """The part of an experience that losses read, per token that is trained on; fields as in `Experience`.
+
+    mask_N: longer: of all response tokens of the forward, those that are trained on.
+    """
 
     logprobs_N: Tensor
-    values_N: Tensor
+    ref_logprobs_N: Tensor
     advantages_N: Tensor
-    returns_N: Tensor
+    values_N: Tensor | None
+    returns_N: Tensor | None
+    weights_N: Tensor
     mask_N: Tensor
 
 
@@ -174,19 +190,28 @@ def unflatten_tokens(values_N: Tensor, lengths_B: Tensor, width: int) -> Tensor:
 
 
 def cut(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Bucket rows by length into micro-batches whose padded area, rows x longest, is at most `max_tokens`.
+    """Bucket rows by length into micro-batches, so that padding and forwards together cost least.
 
-    Returns indices into `lengths`, longest rows first: what does not fit in memory fails at once. A row
-    longer than the budget stands alone. Rows of equal length stay in order.
+    The padded area of each, rows x longest, is at most `max_tokens`; a row longer than that stands alone.
+    Returns indices into `lengths`, longest rows first: what does not fit in memory fails at once. Rows of
+    equal length stay in order.
     """
+    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    longest = np.array([lengths[row] for row in order], dtype=np.int64)
+    # Least cost of the first n rows, and where the last of their micro-batches begins.
+    costs, starts = np.zeros(len(order) + 1, dtype=np.int64), [0] * (len(order) + 1)
+    for end in range(1, len(order) + 1):
+        areas = (end - np.arange(end)) * longest[:end]
+        allowed = np.flatnonzero((areas <= max_tokens) | (np.arange(end) == end - 1))
+        totals = costs[allowed] + areas[allowed] + FORWARD_TOKENS
+        best = int(totals.argmin())
+        costs[end], starts[end] = totals[best], int(allowed[best])
     micro_batches: list[list[int]] = []
-    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
-        current = micro_batches[-1] if micro_batches else []
-        if current and (len(current) + 1) * lengths[current[0]] <= max_tokens:
-            current.append(row)
-        else:
-            micro_batches.append([row])
-    return micro_batches
+    end = len(order)
+    while end:
+        micro_batches.append(order[starts[end] : end])
+        end = starts[end]
+    return micro_batches[::-1]
 
 
 def shuffle(seed: int, update: int, epoch: int, n: int) -> list[int]:

@@ -10,23 +10,21 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from peft import PeftModel
 from pydantic import JsonValue
-from torch import nn
 
-from ppo_engine.actor_critic import causal_lm
 from ppo_engine.parallel import Parallel
+from ppo_engine.retention import number
 from ppo_engine.run_dir import (
     MANIFEST,
-    complete_updates,
     damage,
     describe,
+    named_updates,
     read_manifest,
     sync_directory,
     write_atomic,
@@ -72,7 +70,7 @@ def write(
 
 def newest_whole(parent: Path, warn: Callable[[str], None], prefix: str = "update") -> Path | None:
     """The newest checkpoint whose files are those of its manifest; `warn` hears of each one passed over."""
-    for update in reversed(complete_updates(parent, prefix)):
+    for update in reversed(named_updates(parent, prefix)):
         directory = parent / f"{prefix}-{update}"
         manifest = read_manifest(directory)
         wrong = "its manifest is gone" if manifest is None else damage(directory, manifest)
@@ -82,30 +80,10 @@ def newest_whole(parent: Path, warn: Callable[[str], None], prefix: str = "updat
     return None
 
 
-def save_policy(directory: Path, parallel: Parallel, policy: nn.Module, tokenizer: Any, adapter: str) -> None:
-    """Write an adapter in peft's layout or a model in transformers', and tokenizer, generation config."""
-    is_peft = isinstance(policy, PeftModel)
-    written = (parameter for parameter in policy.parameters() if parameter.requires_grad or not is_peft)
-    with parallel.gathered(written):
-        if not parallel.is_main:
-            return
-        directory.mkdir(parents=True, exist_ok=True)
-        if is_peft:
-            _save_adapter(directory, policy, adapter)
-            causal_lm(policy).generation_config.save_pretrained(directory)
-        else:
-            policy.save_pretrained(directory)  # type: ignore[operator]
-        tokenizer.save_pretrained(directory)
-
-
-def _save_adapter(directory: Path, policy: PeftModel, adapter: str) -> None:
-    """peft puts any adapter but "default" into a folder of its name; loading wants it at the root."""
-    policy.save_pretrained(str(directory), selected_adapters=[adapter], save_embedding_layers=False)
-    folder = directory / adapter
-    if folder.is_dir():
-        for file in folder.iterdir():
-            file.replace(directory / file.name)
-        folder.rmdir()
+def metric_at(directory: Path, metric: str | None) -> float | None:
+    """A metric of a checkpoint, from its manifest; None: there is none."""
+    manifest = read_manifest(directory)
+    return None if manifest is None else number(manifest.metrics, metric)
 
 
 def write_run_state(directory: Path, state: dict[str, Any]) -> None:
@@ -124,6 +102,16 @@ def require_same(saved: dict[str, Any], current: dict[str, Any]) -> None:
     if names:
         told = "; ".join(f"{name}: {saved.get(name)!r} then, {current.get(name)!r} now" for name in names)
         raise CheckpointMismatch(f"the checkpoint belongs to a run with other settings ({told}).")
+
+
+def differences(saved: Mapping[str, Any]) -> list[str]:
+    """In words, how a checkpoint's environment differs from this one; of none, the run goes on exactly."""
+    now = environment()
+    return [
+        f"{name}: {saved.get(name)} then, {now.get(name)} now"
+        for name in sorted(saved.keys() | now.keys())
+        if saved.get(name) != now.get(name)
+    ]
 
 
 def environment() -> dict[str, str | int]:

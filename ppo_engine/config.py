@@ -8,16 +8,24 @@ This module knows no models and no data.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from pydantic import ValidationError
+from pydantic import JsonValue, ValidationError
 from transformers import SchedulerType, TrainingArguments
 from transformers.training_args import OptimizerNames
+from transformers.utils.import_utils import is_torch_bf16_gpu_available
 
 from ppo_engine.facts import Facts, ModelFacts
+from ppo_engine.hyperparameters import (
+    Hyperparameters,
+    check_hyperparameters,
+    check_missing_stop,
+    is_greater_better,
+)
+from ppo_engine.issues import Issue, SpecError, issues_of, shown
 from ppo_engine.parallel import before_processes_meet
 from ppo_engine.plan import (
     Schedule,
@@ -25,18 +33,12 @@ from ppo_engine.plan import (
     check_batches,
     check_lengths,
     check_policy,
+    check_prompt_lengths,
     check_targets,
     schedule,
 )
-from ppo_engine.spec import (
-    Hyperparameters,
-    Issue,
-    RunSpec,
-    SpecError,
-    check_hyperparameters,
-    issues_of,
-    shown,
-)
+from ppo_engine.reporting import check_trackers
+from ppo_engine.spec import PromptLengths, RunSpec, ValueAdapter, critic
 
 
 def _option(default: Any, text: str) -> Any:
@@ -57,7 +59,9 @@ class PPOConfig(TrainingArguments):
     learning_rate: float = _option(3e-6, "Peak learning rate of AdamW.")
     logging_steps: float = _option(10, "Updates between two logs; below 1: a share of the run.")
     gradient_checkpointing: bool | None = _option(True, "Recompute activations in the backward pass.")
-    bf16: bool | None = _option(None, "bf16 mixed precision. Not given: on, unless fp16 is.")  # type: ignore[assignment]
+    bf16: bool | None = _option(  # type: ignore[assignment]
+        None, "bf16 mixed precision. Not given: on where the accelerator has it, unless fp16 is."
+    )
     dataset_num_proc: int | None = _option(None, "For scripts: processes that prepare the data set.")
     num_mini_batches: int = _option(1, "Mini-batches a batch is cut into: optimizer steps per epoch.")
     total_episodes: int | None = _option(None, "Responses of the whole run; else num_train_epochs passes.")
@@ -84,13 +88,49 @@ class PPOConfig(TrainingArguments):
     ref_adapter_name: str | None = _option(None, "The adapter that is the reference.")
     num_ppo_epochs: int = _option(4, "Passes over each batch of responses.")
     whiten_rewards: bool = _option(False, "Scale rewards to unit variance over the batch, mean kept.")
-    kl_coef: float = _option(0.05, "Weight of the divergence from the reference in the reward.")
-    kl_estimator: Literal["k1", "k3"] = _option("k1", "Schulman 2020: k1 = -log r; k3 = (r - 1) - log r.")
+    normalize_scores: bool = _option(False, "Normalise scores by their running mean and deviation.")
+    score_scale: float = _option(1.0, "Scores are multiplied by it, after normalisation.")
+    score_clip: float | None = _option(None, "No score is then further from 0 than this.")
+    kl_coef: float = _option(0.05, "Weight of the divergence from the reference; where it adapts, at first.")
+    kl_estimator: Literal["k1", "k2", "k3", "abs"] = _option(
+        "k1", "Schulman 2020: k1 = -log r; k2 = (log r)^2 / 2; k3 = (r - 1) - log r; abs = |log r|."
+    )
+    kl_placement: Literal["reward", "loss"] = _option("reward", "Where the divergence is paid.")
+    adaptive_kl_target: float | None = _option(None, "The divergence of a response kl_coef is steered to.")
+    adaptive_kl_horizon: float | None = _option(None, "Responses over which it is; by default 10,000.")
+    early_stop_kl: float | None = _option(None, "An update ends after a step with approxkl above this.")
+    advantage_estimator: Literal["gae", "rloo", "grpo", "reinforce++"] = _option(
+        "gae", "gae: with a critic; rloo, grpo, reinforce++: without any."
+    )
+    num_return_sequences: int = _option(1, "Responses to each prompt of a batch.")
+    whiten_advantages: bool | None = _option(
+        None, "Scale advantages to mean 0, variance 1. Not given: with gae and reinforce++."
+    )
     cliprange: float = _option(0.2, "Clip range of the probability ratio.")
+    cliprange_high: float | None = _option(None, "The same upwards; by default cliprange.")
+    dual_clip: float | None = _option(None, "Bounds the loss where the advantage is negative; above 1.")
+    loss_aggregation: Literal["token_mean", "sequence_mean"] = _option(
+        "token_mean", "A step's loss: the mean over its tokens, or over its responses' means."
+    )
+    entropy_coef: float = _option(0.0, "Weight of the policy's entropy, which the loss rewards.")
     vf_coef: float = _option(0.1, "Weight of the value loss.")
+    critic_warmup: int = _option(0, "Updates at the start in which only the critic learns.")
+    critic_learning_rate: float | None = _option(None, "Of the critic, at its highest; else learning_rate.")
+    reward_adapter_name: str | None = _option(
+        None, "The adapter whose score head gives a reward; see ppo_engine.load_reward_adapter."
+    )
+    value_adapter: bool = _option(
+        False, "The value has an adapter of its own on the policy's base, shaped as the policy's."
+    )
     cliprange_value: float = _option(0.2, "Clip range of the value's move.")
     gamma: float = _option(1.0, "Discount per token.")
     lam: float = _option(0.95, "Lambda of generalised advantage estimation.")
+    overlong_prompts: Literal["refuse", "drop", "truncate"] = _option(
+        "refuse", "Of prompts above max_prompt_length: refuse names them; truncate keeps a prompt's end."
+    )
+    max_prompt_length: int | None = _option(
+        None, "Most tokens of a prompt; by default, and at most, the context less response_length."
+    )
     ds3_gather_for_generation: bool = _option(
         True, "Under ZeRO-3: gather the policy for generation; off: slower, for policies larger than a GPU."
     )
@@ -99,14 +139,19 @@ class PPOConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         if self.bf16 is None:
-            self.bf16 = not self.fp16
+            self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
+        if self.greater_is_better is None and self.metric_for_best_model is not None:
+            self.greater_is_better = is_greater_better(self.metric_for_best_model)
         if self.activation_checkpointing is None:  # TRL's name is transformers' deprecated alias
             self.activation_checkpointing = self.gradient_checkpointing
             self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs
         before_processes_meet()
         super().__post_init__()  # type: ignore[no-untyped-call]
-        issues = [*refused_arguments(self), *refused_values(self)]
-        issues += check_hyperparameters(hyperparameters(self))
+        issues = [*refused_arguments(self), *refused_values(self), *check_trackers(self.report_to or ())]
+        ppo = hyperparameters(self)
+        prompt_lengths(self)
+        assert self.world_size is not None, "read, it is the number of processes"
+        issues += [*check_hyperparameters(ppo), *check_batches(ppo, self.world_size, prompts=None)]
         if issues:
             raise SpecError(issues)
 
@@ -124,6 +169,10 @@ class PPOConfig(TrainingArguments):
         return cls(
             output_dir=str(output_dir),
             bf16=spec.resources.precision == "bf16",
+            per_device_eval_batch_size=spec.ppo.local_rollout_forward_batch_size,
+            value_adapter=isinstance(critic(spec), ValueAdapter),
+            overlong_prompts=spec.prompts.overlong,
+            max_prompt_length=spec.prompts.max_length,
             eval_strategy="no" if spec.ppo.eval_steps is None else "steps",
             eval_steps=spec.ppo.eval_steps,
             **{**given, "logging_steps": 1, **overrides},
@@ -156,6 +205,38 @@ def hyperparameters(args: PPOConfig) -> Hyperparameters:
         raise SpecError(issues_of(error, given)) from None
 
 
+def prompt_lengths(args: PPOConfig) -> PromptLengths:
+    """How long prompts may be, held to the rules of a spec's.
+
+    Raises:
+        SpecError: with locs as in `PPOConfig`.
+    """
+    given = {field: getattr(args, name) for field, name in _PROMPT_LENGTHS.items()}
+    try:
+        return PromptLengths.model_validate(given)
+    except ValidationError as error:
+        raise SpecError(_as_arguments(issues_of(error, given))) from None
+
+
+_PROMPT_LENGTHS = {"overlong": "overlong_prompts", "max_length": "max_prompt_length"}
+
+
+def _as_arguments(issues: Iterable[Issue]) -> list[Issue]:
+    return [Issue(loc=(_PROMPT_LENGTHS[str(issue.loc[0])],), msg=issue.msg) for issue in issues]
+
+
+def beside_hyperparameters(args: PPOConfig) -> dict[str, JsonValue]:
+    """What else of a script's arguments must be the same for a run to go on as it began."""
+    return {
+        "bf16": args.bf16,
+        "fp16": args.fp16,
+        "optim": OptimizerNames(args.optim).value,
+        "optim_args": args.optim_args,
+        "lr_scheduler_type": SchedulerType(args.lr_scheduler_type).value,
+        "lr_scheduler_kwargs": args.lr_scheduler_kwargs,
+    }
+
+
 def check_args(
     args: PPOConfig, prompts: int, model: ModelFacts, target_modules: Iterable[str] | str | None = None
 ) -> tuple[Hyperparameters, Schedule]:
@@ -173,7 +254,9 @@ def check_args(
         *check_hyperparameters(ppo),
         *check_batches(ppo, world_size, prompts),
         *check_lengths(ppo, model),
+        *_as_arguments(check_prompt_lengths(prompt_lengths(args), ppo, model)),
         *check_policy(model),
+        *_check_eos(ppo, model),
         *_check_targets(target_modules, model),
     ]
     if issues:
@@ -188,6 +271,17 @@ def check_args(
     if issues:
         raise SpecError(issues)
     return ppo, derived
+
+
+def _check_eos(ppo: Hyperparameters, model: ModelFacts) -> Iterator[Issue]:
+    """A penalty without a stop token is for responses without the tokenizer's eos, as in TRL."""
+    tokenizer = model.tokenizer
+    if tokenizer is not None and tokenizer.eos_token is None and list(check_missing_stop(ppo)):
+        yield Issue(
+            loc=("missing_eos_penalty",),
+            msg=f"{ppo.missing_eos_penalty} given without a stop token, and the tokenizer has no eos token, "
+            "so every response would pay it: give stop_token_id.",
+        )
 
 
 def _check_targets(target_modules: Iterable[str] | str | None, model: ModelFacts) -> list[Issue]:
@@ -218,8 +312,6 @@ HONOURED = frozenset(
         "adam_epsilon",
         "bf16",
         "ddp_backend",
-        "ddp_broadcast_buffers",
-        "ddp_bucket_cap_mb",
         "ddp_timeout",
         "deepspeed",
         "disable_tqdm",
@@ -230,6 +322,7 @@ HONOURED = frozenset(
         "gradient_accumulation_steps",
         "gradient_checkpointing",
         "gradient_checkpointing_kwargs",
+        "greater_is_better",
         "hub_model_id",
         "hub_private_repo",
         "hub_revision",
@@ -245,10 +338,12 @@ HONOURED = frozenset(
         "lr_scheduler_kwargs",
         "lr_scheduler_type",
         "max_grad_norm",
+        "metric_for_best_model",
         "num_train_epochs",
         "optim",
         "optim_args",
         "output_dir",
+        "per_device_eval_batch_size",
         "per_device_train_batch_size",
         "project",
         "push_to_hub",

@@ -29,9 +29,12 @@ class Event(BaseModel):
     time:
         Unix seconds.
     data:
-        `metrics`: name → number. `samples`: `{"samples": [{prompt, response, score}]}`.
-        `checkpoint`: `{"update", "metrics"}`. `rewound`: `{"to"}`. `warning`: `{"code", "message"}`.
-        `started`: `{"plan", "versions"}`. `finished`: `{"outcome", "reason"}`.
+        `metrics`: name → number. `samples`: all of an update, as
+        `{"samples": [{kind, prompt, response, score, rewards}]}`, where `rewards` has what each gave, without
+        weights, and `kind` is "train", "eval" (sampled), or "eval/greedy" (the most likely response).
+        `checkpoint`: `{"update", "metrics"}`. `rewound`: `{"to"}`. `warning`: `{"code", "message"}`, and
+        numbers. `started`: `{"plan", "made_with", "prompts"}`, the last with the rows given, kept, dropped,
+        and truncated of each data set. `finished`: `{"outcome", "reason"}`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

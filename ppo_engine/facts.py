@@ -14,13 +14,17 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from ppo_engine.spec import Loc, ModelReward, RunSpec, shown
+from ppo_engine.issues import Loc, shown
+from ppo_engine.reward_kinds import ModelReward
+from ppo_engine.spec import RunSpec
 
 _DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I8": 1, "U8": 1, "F8_E4M3": 1}
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 _EMBEDDINGS = ("embed", "wte", "wpe", "shared")
 _PROMPT_COLUMNS = {"prompt", "input_ids", "attention_mask"}  # rewards get them in fields of their own
-_OUTPUT_LAYERS = ("lm_head", "embed_out", "output_layer", "score", "classifier")
+ADAPTED = "base_model.model."  # what peft puts before the names of weights
+REWARD_HEAD = "score.weight"
+OUTPUT_LAYERS = ("lm_head", "embed_out", "output_layer", "score", "classifier")
 
 
 _Shapes = Mapping[str, tuple[int, ...]]
@@ -48,7 +52,7 @@ class ModelFacts(BaseModel):
     parameters: number of weights stored. weight_bytes: their size on disk.
     linears: two-dimensional weights that are neither embeddings nor output layers, name → shape.
     output_layers: parameters of those stored, such as `lm_head` or `score`, by name.
-    labels: outputs of a classification head.
+    labels: outputs of a classification head. has_padding: whether config or tokenizer name a padding token.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -64,6 +68,7 @@ class ModelFacts(BaseModel):
     weight_bytes: int | None = None
     linears: dict[str, tuple[int, int]] = {}
     output_layers: dict[str, int] = {}
+    has_padding: bool | None = None
     tokenizer: TokenizerFacts | None = None
 
     @property
@@ -88,6 +93,9 @@ class AdapterFacts(BaseModel):
     """What the directory of a LoRA adapter tells.
 
     target_modules: None where it holds a pattern instead of names.
+    base_model: what its config calls the model that it was trained on.
+    changes: the modules it changes, name → (outputs, inputs).
+    head: labels and width of a score head, which makes it a reward.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -96,6 +104,9 @@ class AdapterFacts(BaseModel):
     lora_alpha: int | None = None
     target_modules: tuple[str, ...] | None = None
     parameters: int | None = None
+    base_model: str | None = None
+    changes: dict[str, tuple[int, int]] = {}
+    head: tuple[int, int] | None = None
 
 
 class Facts(BaseModel):
@@ -163,6 +174,7 @@ def read_model_facts(path: Path) -> ModelFacts:
     text = config.get("text_config") or config
     tensors = _read_tensors(path)
     shapes = {name: shape for name, (shape, _) in tensors.items()}
+    tokenizer = _read_tokenizer(path)
     return ModelFacts(
         model_type=config.get("model_type"),
         architectures=tuple(config.get("architectures") or ()),
@@ -175,7 +187,8 @@ def read_model_facts(path: Path) -> ModelFacts:
         weight_bytes=sum(prod(shape) * size for shape, size in tensors.values()) if tensors else None,
         linears=linears(shapes),
         output_layers=_output_layers(shapes),
-        tokenizer=_read_tokenizer(path),
+        has_padding=_has_padding(text, tokenizer),
+        tokenizer=tokenizer,
     )
 
 
@@ -192,13 +205,38 @@ def read_adapter_facts(path: Path) -> AdapterFacts:
     weights = path / "adapter_model.safetensors"
     if not weights.is_file():
         raise FactsError(f"{path} has no {weights.name}; save the adapter again as safetensors.")
-    targets = config.get("target_modules")
+    targets, base = config.get("target_modules"), config.get("base_model_name_or_path")
+    shapes = {name.removeprefix(ADAPTED): shape for name, (shape, _) in _read_header(weights).items()}
     return AdapterFacts(
         r=_first(config, "r"),
         lora_alpha=_first(config, "lora_alpha"),
         target_modules=tuple(sorted(map(str, targets))) if isinstance(targets, list) else None,
-        parameters=sum(prod(shape) for shape, _ in _read_header(weights).values()),
+        parameters=sum(map(prod, shapes.values())),
+        base_model=base if isinstance(base, str) and base else None,
+        changes=_changes(shapes),
+        head=_matrix(shapes.get(REWARD_HEAD)),
     )
+
+
+def _changes(shapes: _Shapes) -> dict[str, tuple[int, int]]:
+    """Of each pair of A [rank, inputs] and B [outputs, rank]."""
+    found = {}
+    for name, shape in shapes.items():
+        module = name.removesuffix(".lora_A.weight")
+        narrow, wide = _matrix(shape), _matrix(shapes.get(f"{module}.lora_B.weight"))
+        if module != name and narrow and wide:
+            found[module] = (wide[0], narrow[1])
+    return found
+
+
+def _matrix(shape: tuple[int, ...] | None) -> tuple[int, int] | None:
+    return (shape[0], shape[1]) if shape is not None and len(shape) == 2 else None
+
+
+def _has_padding(config: dict[str, Any], tokenizer: TokenizerFacts | None) -> bool | None:
+    if isinstance(config.get("pad_token_id"), int):
+        return True
+    return None if tokenizer is None else tokenizer.pad_token is not None
 
 
 def _read_config(path: Path, name: str) -> dict[str, Any]:
@@ -287,7 +325,7 @@ def _output_layers(shapes: _Shapes) -> dict[str, int]:
 def _output_layer(name: str) -> str | None:
     """Which output layer a weight belongs to: they stand beside the trunk, or are named so at its end."""
     first, *_, module, _ = ["", *name.split(".")]
-    return next((part for part in (first, module) if part in _OUTPUT_LAYERS), None)
+    return next((part for part in (first, module) if part in OUTPUT_LAYERS), None)
 
 
 def _read_tokenizer(path: Path) -> TokenizerFacts | None:

@@ -8,11 +8,13 @@ from typing import Any
 IDENTIFIER = r"^[A-Za-z0-9_-]+$"
 NAME = r"^[A-Za-z0-9_-]{1,64}$"
 REPOSITORY = r"^[A-Za-z0-9][\w.-]*/[\w.-]+$"
+SECRET = r"^[A-Z][A-Z0-9_]{0,63}$"
 
 _FORMS = {
     IDENTIFIER: 'An id has letters, digits, "_", and "-" only; give one as it was handed out',
     NAME: 'A name has 1 to 64 letters, digits, "_", and "-"; give such a name',
     REPOSITORY: 'A repository of the hub is named "owner/name"; give both',
+    SECRET: 'A secret is named in capitals, digits, and "_"; give the name, which the operator knows',
 }
 """What each pattern says, in words."""
 

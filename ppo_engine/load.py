@@ -14,11 +14,20 @@ from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from ppo_engine.facts import (
+    ADAPTED,
+    REWARD_HEAD,
     AdapterFacts,
     Facts,
     FactsError,
@@ -27,25 +36,13 @@ from ppo_engine.facts import (
     gather,
     read_adapter_facts,
 )
-from ppo_engine.plan import check_adapter
+from ppo_engine.issues import Issue, Loc, SpecError, shown
+from ppo_engine.model_sources import HubModel, LocalModel, ModelSource, public_name
+from ppo_engine.plan import check_adapter, check_base, check_head
 from ppo_engine.prompts import read_jsonl
-from ppo_engine.roles import check_value_model, facts_of
+from ppo_engine.roles import add_reward_head, check_value_model, facts_of, with_new_adapter
 from ppo_engine.run_dir import RunDir
-from ppo_engine.spec import (
-    DEFAULT_ADAPTER,
-    HubModel,
-    Issue,
-    Loc,
-    LocalModel,
-    Lora,
-    ModelSource,
-    RunSpec,
-    SpecError,
-    ValueModel,
-    shown,
-    sources,
-    trained_from,
-)
+from ppo_engine.spec import DEFAULT_ADAPTER, Lora, RunSpec, ValueModel, critic, sources, trained_from
 
 
 @dataclass(frozen=True)
@@ -105,8 +102,10 @@ def load(spec: RunSpec) -> Loaded:
         model, info = loaded
         _require_whole(info["missing_keys"])
         if isinstance(spec.model, LocalModel):
-            # Exports name the model they were made from: where it lies on this machine is nobody's business.
-            model.name_or_path = model.config._name_or_path = Path(name).name
+            # Exports name the model they were made from, and not where it lies on this machine.
+            own_name, commit = public_name(name)
+            model.name_or_path = model.config._name_or_path = own_name
+            model.config._commit_hash = commit
         facts = facts_of(model, tokenizer)
     if isinstance(spec.method, Lora):
         model = _with_adapters(model, facts, spec, spec.method)
@@ -161,25 +160,68 @@ def _with_adapters(model: nn.Module, facts: ModelFacts, spec: RunSpec, lora: Lor
             directory = _adapter_directory(lora.adapters[name])
             if adapter == trained:
                 _require_same(lora, name, directory, facts)
-            policy = _load_adapter(policy, directory, adapter)
+            if name == spec.ppo.reward_adapter_name:
+                policy = _load_reward_adapter(policy, directory, name, ("method", "adapters", name))
+            else:
+                _require_fit(directory, facts, ("method", "adapters", name), is_reward=False)
+                policy = _load_adapter(policy, directory, adapter)
     if start is not None:
         return policy  # type: ignore[no-any-return]
     with _refusing(shown(lora.target_modules), ("method", "target_modules")):
         config = _lora_config(lora, locate(spec.model)[1])
-        if not isinstance(policy, PeftModel):
-            policy = get_peft_model(policy, config, adapter_name=trained)
-        else:
-            policy.add_adapter(trained, config)
+        policy = with_new_adapter(policy, config, trained)
     return policy  # type: ignore[no-any-return]
 
 
 def _adapter_directory(source: ModelSource) -> Path:
-    """Where an adapter lies; of the hub's, its two files are fetched, so that none of them is a pickle."""
-    if isinstance(source, LocalModel):
-        return Path(source.path)
-    hf_hub_download(source.repo, "adapter_config.json", revision=source.revision)
-    weights = hf_hub_download(source.repo, "adapter_model.safetensors", revision=source.revision)
-    return Path(weights).parent
+    return Path(source.path) if isinstance(source, LocalModel) else _snapshot(source.repo, source.revision)
+
+
+def _snapshot(repo: str, revision: str | None) -> Path:
+    """An adapter of the hub: its two files alone are fetched, so that none of them is a pickle."""
+    hf_hub_download(repo, "adapter_config.json", revision=revision)
+    return Path(hf_hub_download(repo, "adapter_model.safetensors", revision=revision)).parent
+
+
+def load_reward_adapter(
+    model: nn.Module, name_or_path: str | Path, adapter_name: str, revision: str | None = None
+) -> PeftModel:
+    """Put a reward adapter on a policy's base, for `PPOConfig.reward_adapter_name`; it is never trained.
+
+    model: a causal language model, or a peft model around one. name_or_path: a directory, or a repository of
+    the hub, with a LoRA and its score head as PEFT saves those of a sequence-classification model
+    (`task_type` SEQ_CLS). adapter_name: what it is called from now on.
+
+    Raises:
+        SpecError: it cannot be loaded, has no score head with one output, or was trained for another base.
+    """
+    with _refusing(str(name_or_path), ("reward_adapter_name",)):
+        path = Path(name_or_path)
+        directory = path if path.is_dir() else _snapshot(str(name_or_path), revision)
+        return _load_reward_adapter(model, directory, adapter_name, ("reward_adapter_name",))
+
+
+def _load_reward_adapter(model: nn.Module, directory: Path, adapter: str, loc: Loc) -> PeftModel:
+    """peft would load it onto a sequence-classification model: here its head is taken off first."""
+    _require_fit(directory, facts_of(model), loc, is_reward=True)
+    config: Any = PeftConfig.from_pretrained(str(directory))
+    config.task_type, config.modules_to_save, config.inference_mode = "CAUSAL_LM", None, True
+    config.base_model_name_or_path = None  # peft warns where a copy of the base has another name
+    policy = with_new_adapter(model, config, adapter)
+    weights = load_file(directory / "adapter_model.safetensors")
+    head_1D = weights.pop(ADAPTED + REWARD_HEAD)
+    with _no_missing_keys_told():
+        set_peft_model_state_dict(policy, weights, adapter)
+    _require_all_taken(policy, adapter, directory, sum(weight.numel() for weight in weights.values()))
+    add_reward_head(policy, adapter, head_1D)
+    return policy
+
+
+def _require_fit(directory: Path, model: ModelFacts, loc: Loc, *, is_reward: bool) -> None:
+    adapter = read_adapter_facts(directory)
+    issues = [*check_base(adapter, model, loc), *check_head(adapter, loc, is_reward=is_reward)]
+    if issues:
+        raise SpecError(issues)
 
 
 def _require_same(lora: Lora, name: str, directory: Path, model: ModelFacts) -> None:
@@ -189,18 +231,29 @@ def _require_same(lora: Lora, name: str, directory: Path, model: ModelFacts) -> 
 
 
 def _load_adapter(policy: Any, directory: Path, adapter: str) -> PeftModel:
-    stored = read_adapter_facts(directory).parameters
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Found missing adapter keys")  # below, an error
+    stored = read_adapter_facts(directory).parameters or 0
+    with _no_missing_keys_told():
         if isinstance(policy, PeftModel):
             policy.load_adapter(str(directory), adapter)
         else:
             policy = PeftModel.from_pretrained(policy, str(directory), adapter)
+    _require_all_taken(policy, adapter, directory, stored)
+    return policy
+
+
+@contextmanager
+def _no_missing_keys_told() -> Iterator[None]:
+    """peft warns of them; here they are an error: see `_require_all_taken`."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Found missing adapter keys")
+        yield
+
+
+def _require_all_taken(policy: PeftModel, adapter: str, directory: Path, stored: int) -> None:
     weights = get_peft_model_state_dict(policy, adapter_name=adapter, save_embedding_layers=False)
     taken = sum(weight.numel() for weight in weights.values())
     if taken != stored:
         raise FactsError(f"{directory} has {stored} weights, and the model takes {taken}: not made for it.")
-    return policy
 
 
 def _lora_config(lora: Lora, revision: str | None) -> LoraConfig:
@@ -216,7 +269,7 @@ def _lora_config(lora: Lora, revision: str | None) -> LoraConfig:
 
 def _value_model(spec: RunSpec, policy: ModelFacts) -> nn.Module | None:
     """A trunk of its own with a head of zeros, or the head of a trained one; None: a head on the policy."""
-    value = spec.method.value
+    value = critic(spec)
     if not isinstance(value, ValueModel):
         return None
     name, revision = locate(value.source or spec.model)

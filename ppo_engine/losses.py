@@ -8,7 +8,7 @@ module does not know models, configs, or processes.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch import Tensor
 class PolicyLoss(NamedTuple):
     """Per token; only `loss` carries a gradient.
 
-    clipped: 1 where the clipped term is the larger one, so that the token has no gradient; else 0.
+    clipped: 1 where a clip leaves the token without a gradient; else 0.
     ratio: probability now over probability when written. approxkl: (log ratio)^2 / 2, TRL's estimate of how
     far the policy has moved since.
     """
@@ -36,19 +36,31 @@ class ValueLoss(NamedTuple):
 
 
 def policy_loss(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip_low: float, clip_high: float
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None = None,
 ) -> PolicyLoss:
     """max(-A rho, -A clip(rho, 1 - clip_low, 1 + clip_high)), with rho = exp(logprobs - old_logprobs).
 
-    Schulman et al. 2017 (arXiv 1707.06347), equation 7, negated to be minimised.
+    Schulman et al. 2017 (arXiv 1707.06347), equation 7, negated to be minimised; a clip_high above clip_low
+    as in Yu et al. 2025 (arXiv 2503.14476), section 3.1. dual_clip, above 1: where A < 0 the loss is at most
+    -dual_clip A (Ye et al. 2020, arXiv 1912.09729, equation 5), which bounds it where rho is large.
     """
     log_ratio = logprobs - old_logprobs
     ratio = log_ratio.exp()
     plain = -advantages * ratio
     clipped = -advantages * ratio.clamp(1 - clip_low, 1 + clip_high)
+    loss, flat = torch.maximum(plain, clipped), clipped > plain
+    if dual_clip is not None:
+        bound = -dual_clip * advantages
+        beyond = (advantages < 0) & (loss > bound)
+        loss, flat = torch.where(beyond, bound, loss), flat | beyond
     return PolicyLoss(
-        loss=torch.maximum(plain, clipped),
-        clipped=(clipped > plain).to(plain.dtype),
+        loss=loss,
+        clipped=flat.to(plain.dtype),
         ratio=ratio.detach(),
         approxkl=log_ratio.detach().square() / 2,
     )
@@ -66,7 +78,21 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float)
     return ValueLoss(torch.maximum(plain, clipped) / 2, (clipped > plain).to(plain.dtype))
 
 
+def token_weights(mask_BR: Tensor, aggregation: Literal["token_mean", "sequence_mean"]) -> Tensor:
+    """What each token weighs in the loss of an optimizer step [B, R], fp32; 0 out of the mask.
+
+    token_mean: all the same (Yu et al. 2025, arXiv 2503.14476, section 3.3). sequence_mean: those of a row
+    share its weight of 1 (Shao et al. 2024, arXiv 2402.03300, equation 3). Divided once by their sum over all
+    rows of the step, either is a mean.
+    """
+    weights_BR = mask_BR.float()
+    if aggregation == "sequence_mean":
+        weights_BR = weights_BR / weights_BR.sum(-1, keepdim=True).clamp(min=1)
+    return weights_BR
+
+
 def entropy(logprobs_NV: Tensor) -> Tensor:
     """-sum of p log p over the vocabulary [N], in nats; a token of probability zero adds nothing."""
-    entropies_N: Tensor = torch.special.entr(logprobs_NV.exp()).sum(-1)
+    finite_NV = logprobs_NV.clamp(min=torch.finfo(logprobs_NV.dtype).min)
+    entropies_N: Tensor = -torch.linalg.vecdot(logprobs_NV.exp(), finite_NV)
     return entropies_N

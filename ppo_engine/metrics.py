@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ppo_engine.advantages import kl_rewards, missing_stop
 from ppo_engine.batch import Experience, Rollout
+from ppo_engine.hyperparameters import Hyperparameters
 from ppo_engine.rewards import Scores
-from ppo_engine.spec import Hyperparameters
 
 
 class Clock:
@@ -36,45 +36,71 @@ class Clock:
 
 
 def update_metrics(
-    rollout: Rollout, scores: Scores, experience: Experience, kl_BR: Tensor, ppo: Hyperparameters
+    rollout: Rollout,
+    scores: Scores,
+    experience: Experience,
+    kl_BR: Tensor,
+    ppo: Hyperparameters,
+    kl_coef: float,
+    eos_token_id: int | None,
 ) -> dict[str, float]:
-    """What the rollout of an update shows, before its optimizer steps."""
+    """What the rollout of an update shows, before its optimizer steps. eos_token_id: the tokenizer's."""
     rows = len(rollout)
     scores_B = final_scores(rollout, scores, ppo)
-    non_score = float(kl_rewards(kl_BR.double(), ppo.kl_coef).sum()) / rows
+    non_score = kl_rewards(kl_BR.double(), kl_coef if ppo.kl_placement == "reward" else 0.0)
+    written_BR = torch.where(experience.mask_BR, experience.logprobs_BR.double(), 0.0)
     return {
-        "objective/kl": float(kl_BR.double().sum()) / rows,
-        "objective/entropy": -float(experience.logprobs_BR.double().sum()) / rows,
-        "objective/non_score_reward": non_score,
+        "objective/kl": mean_kl(kl_BR),
+        "objective/kl_coef": kl_coef,
+        "objective/entropy": -float(written_BR.sum()) / rows,
+        "objective/non_score_reward": float(non_score.sum()) / rows,
         "objective/scores": float(scores_B.mean()),
         "objective/scores_std": float(scores_B.std(correction=0)),
-        "objective/rlhf_reward": float(scores_B.mean()) + non_score,
-        **reward_means(scores, "reward"),
-        "val/num_eos_tokens": float(sum(rollout.finished)),
+        "objective/rlhf_reward": float(experience.rewards_BR.double().sum()) / rows,
+        **reward_metrics(scores, "reward"),
+        "val/num_eos_tokens": float(
+            sum(token == eos_token_id for ids in rollout.response_ids for token in ids)
+        ),
         **response_metrics(rollout, "response"),
     }
+
+
+def mean_kl(kl_BR: Tensor) -> float:
+    """Of a response, summed over its tokens."""
+    return float(kl_BR.double().sum()) / len(kl_BR)
 
 
 def evaluation_metrics(
     rollout: Rollout, scores: Scores, ppo: Hyperparameters, prefix: str
 ) -> dict[str, float]:
-    """What the rollout of an evaluation shows."""
+    """What the rollout of an evaluation shows; deviations are those of the rows themselves."""
+    scores_B = final_scores(rollout, scores, ppo)
     return {
-        f"{prefix}/scores": float(final_scores(rollout, scores, ppo).mean()),
-        **reward_means(scores, f"{prefix}/reward"),
+        f"{prefix}/scores": float(scores_B.mean()),
+        f"{prefix}/scores_std": float(scores_B.std(correction=0)),
+        **reward_metrics(scores, f"{prefix}/reward"),
+        **{
+            f"{prefix}/reward/{name}/std": float(torch.tensor(rows, dtype=torch.float64).std(correction=0))
+            for name, rows in scores.by_name.items()
+        },
         **response_metrics(rollout, prefix),
     }
 
 
 def final_scores(rollout: Rollout, scores: Scores, ppo: Hyperparameters) -> Tensor:
-    """The score of each row as it is trained on, with the penalty (as in TRL), float64 [B]."""
+    """The score of each row with the penalty (as in TRL), before it is shaped, float64 [B]."""
     totals_B = torch.tensor(scores.totals, dtype=torch.float64)
     return missing_stop(totals_B, torch.tensor(rollout.finished), ppo.missing_eos_penalty)
 
 
-def reward_means(scores: Scores, prefix: str) -> dict[str, float]:
-    """The mean of each reward of the run, without its weight."""
-    return {f"{prefix}/{name}": sum(rows) / len(rows) for name, rows in scores.by_name.items()}
+def reward_metrics(scores: Scores, prefix: str) -> dict[str, float]:
+    """Of each reward of the run: its mean, without its weight; how many rows it was asked for again, where it
+    has retries; for how many its fallback stands, where it has one."""
+    return {
+        **{f"{prefix}/{name}": sum(rows) / len(rows) for name, rows in scores.by_name.items()},
+        **{f"{prefix}/{name}/retried": float(rows) for name, rows in scores.retried.items()},
+        **{f"{prefix}/{name}/failed": float(rows) for name, rows in scores.failed.items()},
+    }
 
 
 def response_metrics(rollout: Rollout, prefix: str) -> dict[str, float]:
@@ -94,10 +120,18 @@ def time_metrics(rollout: Rollout, clock: Clock) -> dict[str, float]:
     }
 
 
-def samples_of(rollout: Rollout, scores: Scores, count: int) -> list[dict[str, Any]]:
-    """The first rows, as prompt, response, and score."""
-    rows = zip(rollout.prompts, rollout.responses, scores.totals, strict=True)
+def samples_of(rollout: Rollout, scores: Scores, kind: str, count: int) -> list[dict[str, Any]]:
+    """The first rows, each with its score and what every reward gave it, without weights.
+
+    kind: "train", or what the metrics of the evaluation begin with, such as "eval/greedy".
+    """
     return [
-        {"prompt": prompt, "response": response, "score": score}
-        for _, (prompt, response, score) in zip(range(count), rows, strict=False)
+        {
+            "kind": kind,
+            "prompt": rollout.prompts[row],
+            "response": rollout.responses[row],
+            "score": scores.totals[row],
+            "rewards": {name: rows[row] for name, rows in scores.by_name.items()},
+        }
+        for row in range(min(count, len(rollout)))
     ]

@@ -1,15 +1,17 @@
-"""The only file that speaks DDP and DeepSpeed: prepare, backward, clip, step, gather.
+"""The only file that speaks to other processes, and DeepSpeed: prepare, backward, clip, step, gather.
 
 A loss handed to `backward` is this process's share of a sum whose denominator is global, so gradients are
 summed over processes, never averaged. The reduced loss and norm are looked at before a step is taken.
+Without DeepSpeed every process computes by itself, and gradients are summed once per optimizer step: so all
+can begin a step again when one of them ran out of memory in it.
 This module knows no PPO.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,7 +21,12 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 _T = TypeVar("_T")
+_EFFICIENT_TOKENS = {"cpu": 1024}
+"""Of a forward and backward: with more of them, activations leave the cache, and nothing is gained."""
 _ZERO = "zero"  # what DeepSpeed's part of a checkpoint is called
+_BUCKET_BYTES = (
+    25 * 2**20
+)  # gradients that are summed over processes at a time, beside the gradients themselves
 
 
 def before_processes_meet() -> None:
@@ -39,6 +46,12 @@ def processes_started() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def offload_of(plugin: Any) -> str:
+    """In a spec's words, what accelerate's DeepSpeed plugin moves off the device; without a plugin, none."""
+    device = "none" if plugin is None else plugin.offload_optimizer_device or "none"
+    return {"none": "none", "cpu": "optimizer"}.get(device, device)
+
+
 class Parallel:
     """The processes of a run, seen from one of them."""
 
@@ -49,6 +62,7 @@ class Parallel:
         self.world_size: int = accelerator.num_processes
         self.device: torch.device = accelerator.device
         self.is_main: bool = accelerator.is_main_process
+        self.efficient_tokens = _EFFICIENT_TOKENS.get(self.device.type)
         plugin = getattr(accelerator.state, "deepspeed_plugin", None)
         self.zero_stage: int | None = None if plugin is None else plugin.zero_stage
 
@@ -66,10 +80,14 @@ class Parallel:
             config["zero_force_ds_cpu_optimizer"] = False
             # Steps that are not finite are dropped in bf16 too, whatever a configuration file says.
             config.setdefault("bf16", {})["check_grad_overflow"] = True
-        # Every trained weight is used in every forward that has a backward; DDP need not look for others.
-        self.accelerator.ddp_handler.find_unused_parameters = False
-        prepared, optimizer = self.accelerator.prepare(module, optimizer)
-        return prepared, optimizer
+            return self.accelerator.prepare(module, optimizer)  # type: ignore[no-any-return]
+        # To evaluate: accelerate's word for placing it and setting its precision, without DDP around it.
+        prepared = self.accelerator.prepare_model(module, evaluation_mode=True)
+        if self.world_size > 1:
+            with torch.no_grad():
+                for tensor in (*module.parameters(), *module.buffers()):
+                    torch.distributed.broadcast(tensor, 0)
+        return prepared, self.accelerator.prepare_optimizer(optimizer)
 
     def prepare_frozen(self, module: nn.Module, trained: nn.Module) -> nn.Module:
         """Place a module that only scores; it is to round as the prepared one does."""
@@ -87,10 +105,9 @@ class Parallel:
     # Stepping ------------------------------------------------------------------------------------------
 
     def backward(self, module: nn.Module, loss: Tensor, *, last: bool) -> None:
-        """Add a micro-batch's gradients; processes meet at the `last` one of a step."""
-        # DDP and DeepSpeed average over processes; the loss is a share of a sum.
-        loss = loss * self.world_size
+        """Add a micro-batch's gradients; under DeepSpeed, processes meet at the `last` one of a step."""
         if self.zero_stage is not None:
+            loss = loss * self.world_size  # DeepSpeed averages over processes; the loss is a share of a sum
             engine: Any = module
             engine.set_gradient_accumulation_boundary(last)
             # DeepSpeed looks at gradients only: a loss that is no number must not leave gradients that are.
@@ -98,12 +115,9 @@ class Parallel:
             return
         loss.backward()  # type: ignore[no-untyped-call]
 
-    def no_sync(self, module: nn.Module, *, last: bool) -> Any:
-        """Around forward and backward of all micro-batches of a step but the last."""
-        if last or self.zero_stage is not None or self.world_size == 1:
-            return nullcontext()
-        ddp: Any = module
-        return ddp.no_sync()
+    def drop_gradients(self, optimizer: torch.optim.Optimizer) -> None:
+        """As if no micro-batch of the step had been seen."""
+        optimizer.zero_grad(set_to_none=True)
 
     def step(self, module: nn.Module, optimizer: torch.optim.Optimizer, loss: float) -> float | None:
         """Clip and apply the gradients, then clear them; `loss` is the step's, summed over processes.
@@ -114,6 +128,8 @@ class Parallel:
         if self.zero_stage is not None:
             return self._step_deepspeed(module)
         parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        if self.world_size > 1:
+            _sum_gradients(parameters)
         limit = self.max_grad_norm or float("inf")
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit))
         is_finite = _is_finite(loss) and _is_finite(norm)
@@ -128,6 +144,17 @@ class Parallel:
         engine.step()
         norm = float(engine.get_global_grad_norm())
         return norm if _is_finite(norm) and not engine.optimizer.overflow else None
+
+    def forget(self, module: nn.Module, optimizer: torch.optim.Optimizer, groups: Collection[int]) -> None:
+        """Drop what the optimizer knows of the parameters in some groups, as if it had taken no step."""
+        inner: Any = getattr(optimizer, "optimizer", optimizer)
+        if self.zero_stage is None:
+            kept = [parameter for index in groups for parameter in inner.param_groups[index]["params"]]
+        else:
+            sharded: Any = module
+            inner, kept = sharded.optimizer.optimizer, _shards(sharded.optimizer, groups)
+        for parameter in kept:
+            inner.state.pop(parameter, None)
 
     # Talking -------------------------------------------------------------------------------------------
 
@@ -245,6 +272,42 @@ class Parallel:
             loaded, _ = engine.load_checkpoint(str(directory), _ZERO, load_module_strict=False)
         if loaded is None:  # what DeepSpeed cannot read it passes over, and goes on with the weights it has
             raise FileNotFoundError(f"{directory} holds no DeepSpeed state that can be loaded.")
+
+
+def _sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Sum over processes, in place, a bucket at a time, in the order of the parameters on all of them."""
+    buckets: dict[torch.dtype, list[Tensor]] = {}
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        bucket = buckets.setdefault(parameter.dtype, [])
+        bucket.append(parameter.grad)
+        if sum(gradient.nbytes for gradient in bucket) >= _BUCKET_BYTES:
+            _sum_together(buckets.pop(parameter.dtype))
+    for bucket in buckets.values():
+        _sum_together(bucket)
+
+
+def _sum_together(tensors: Sequence[Tensor]) -> None:
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    torch.distributed.all_reduce(flat)
+    for tensor, part in zip(tensors, torch.split(flat, [tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(part.view_as(tensor))
+
+
+def _shards(optimizer: Any, groups: Collection[int]) -> list[Tensor]:
+    """This process's shards of the parameters in some groups, as DeepSpeed's inner optimizer keeps them."""
+    if hasattr(optimizer, "fp32_partitioned_groups_flat"):  # ZeRO-3
+        owner = optimizer.sub_group_to_group_id
+        return [
+            shard
+            for index, shard in enumerate(optimizer.fp32_partitioned_groups_flat)
+            if owner[index] in groups
+        ]
+    shards = getattr(optimizer, "single_partition_of_fp32_groups", None)
+    if shards is None:  # ZeRO-1 in bf16
+        shards = optimizer.fp32_groups_flat_partition
+    return [shards[index] for index in groups]
 
 
 def _is_finite(value: float) -> bool:

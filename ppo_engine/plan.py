@@ -7,32 +7,35 @@ loads a model: the same functions, so the same words. This module knows no torch
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 
 from pydantic import BaseModel, ConfigDict
 
-from ppo_engine.facts import AdapterFacts, Facts, ModelFacts
+from ppo_engine.facts import OUTPUT_LAYERS, AdapterFacts, Facts, ModelFacts
+from ppo_engine.findings import REPOSITORY
+from ppo_engine.hyperparameters import Hyperparameters
+from ppo_engine.issues import Issue, Loc, SpecError, shown
+from ppo_engine.model_sources import HubModel, LocalModel, ModelSource, public_name
+from ppo_engine.reward_kinds import ModelReward, ReferencePart
 from ppo_engine.spec import (
     DEFAULT_ADAPTER,
     Full,
-    Hyperparameters,
-    Issue,
-    Loc,
     Lora,
-    ModelReward,
+    PromptLengths,
     RunSpec,
-    SpecError,
-    StringCheck,
+    ValueAdapter,
     ValueHead,
     ValueModel,
     check_fields,
-    shown,
+    critic,
     trained_from,
 )
 
 _FP32 = 4
 _BF16 = 2
 _ADAM_STATES = 2
+_OPTIMIZER = {"none": "optimizer", "optimizer": "optimizer_off_gpu"}  # where its states lie
 _WHITEN_ROWS = 8
 _MOST_EPISODES = 2**31
 
@@ -112,17 +115,19 @@ def check(spec: RunSpec, facts: Facts) -> list[Issue]:
     if facts.model is not None:
         issues += check_policy(facts.model)
         issues += _under("ppo", check_lengths(spec.ppo, facts.model))
+        issues += _under("prompts", check_prompt_lengths(spec.prompts, spec.ppo, facts.model))
         if isinstance(spec.method, Lora):
             issues += _under("method", check_targets(spec.method.target_modules, facts.model))
     if isinstance(spec.method, Lora):
         issues += _under("method", _check_start(spec.method, spec.ppo, facts))
+        issues += _check_bases(spec, facts)
     if facts.value is not None:
         issues += check_value_model(facts.value, facts.model, ("method", "value", "source"))
     for index, reward in enumerate(spec.rewards):
         if isinstance(reward, ModelReward) and reward.name in facts.rewards:
             loc: Loc = ("rewards", index, "source")
             issues += check_reward_model(facts.rewards[reward.name], loc)
-        if isinstance(reward, StringCheck) and reward.column is not None:
+        if isinstance(reward, ReferencePart) and reward.column is not None:
             issues += _check_column(reward.column, facts.columns, ("rewards", index, "column"))
     return issues
 
@@ -155,29 +160,53 @@ def check_batches(ppo: Hyperparameters, world_size: int, prompts: int | None) ->
             msg=f"{ppo.num_mini_batches} given, with {product}; the rows must divide into mini-batches: "
             "give a divisor.",
         )
+    if sizes.batch_size % ppo.num_return_sequences:
+        yield Issue(
+            loc=("num_return_sequences",),
+            msg=f"{ppo.num_return_sequences} given, with {product} and {world_size} processes; a batch holds "
+            "whole groups of responses to one prompt: give a divisor of the rows of all processes.",
+        )
     if ppo.whiten_rewards and sizes.batch_size < _WHITEN_ROWS:
         yield Issue(
             loc=("whiten_rewards",),
             msg=f"true given with a batch of {sizes.batch_size} rows; whitening needs at least "
             f"{_WHITEN_ROWS} rows: raise per_device_train_batch_size or gradient_accumulation_steps.",
         )
-    if ppo.total_episodes is None and prompts is None:
-        return
-    episodes = _episodes(ppo, prompts or 0)
+    if ppo.adaptive_kl_target is not None and ppo.adaptive_horizon < sizes.batch_size:
+        horizon = f"{ppo.adaptive_horizon:g}"
+        given = f"Not given, which means {horizon}" if ppo.adaptive_kl_horizon is None else f"{horizon} given"
+        yield Issue(
+            loc=("adaptive_kl_horizon",),
+            msg=f"{given}, with a batch of {sizes.batch_size} rows; kl_coef moves by up to a fifth per "
+            f"horizon, and an update may not be longer than one: give at least {sizes.batch_size}.",
+        )
+    if ppo.total_episodes is not None or prompts is not None:
+        yield from _check_episodes(ppo, sizes, prompts or 0, f"{product}, {world_size} processes")
+
+
+def _check_episodes(ppo: Hyperparameters, sizes: BatchSizes, prompts: int, product: str) -> Iterator[Issue]:
+    episodes = _episodes(ppo, prompts)
+    updates = math.ceil(episodes / sizes.batch_size)
+    if 0 < updates <= ppo.critic_warmup:
+        yield Issue(
+            loc=("critic_warmup",),
+            msg=f"{ppo.critic_warmup} given, and the run has {updates} updates ({episodes} episodes in "
+            f"batches of {sizes.batch_size}); the policy would never learn: give fewer.",
+        )
     if episodes < sizes.batch_size:
         given = f"{ppo.total_episodes} given"
         if ppo.total_episodes is None:
-            given = f"Not given, and num_train_epochs {ppo.num_train_epochs} x {prompts} prompts = {episodes}"
+            given = f"Not given, and {_passes(ppo, prompts)}"
         yield Issue(
             loc=("total_episodes",),
-            msg=f"{given}, with a batch of {sizes.batch_size} rows ({product}, {world_size} processes); "
+            msg=f"{given}, with a batch of {sizes.batch_size} rows ({product}); "
             "a run needs at least one batch: raise it, or make the batch smaller.",
         )
-    if episodes is not None and episodes >= _MOST_EPISODES:
-        given = f"num_train_epochs {ppo.num_train_epochs} x {prompts} prompts = {episodes}"
+    if episodes >= _MOST_EPISODES:
         yield Issue(
             loc=("total_episodes",),
-            msg=f"Not given, and {given}; a run has fewer than {_MOST_EPISODES}: give it, or fewer epochs.",
+            msg=f"Not given, and {_passes(ppo, prompts)}; a run has fewer than {_MOST_EPISODES}: "
+            "give it, or fewer epochs.",
         )
 
 
@@ -223,6 +252,20 @@ def check_lengths(ppo: Hyperparameters, model: ModelFacts) -> Iterator[Issue]:
         )
 
 
+def check_prompt_lengths(lengths: PromptLengths, ppo: Hyperparameters, model: ModelFacts) -> Iterator[Issue]:
+    """Whether the longest prompt leaves room for a response; locs relative to `prompts`."""
+    if lengths.max_length is None or model.context_length is None:
+        return
+    room = model.context_length - ppo.response_length
+    if 0 < room < lengths.max_length:
+        yield Issue(
+            loc=("max_length",),
+            msg=f"{lengths.max_length} given; the model has {model.context_length} positions, and "
+            f"response_length {ppo.response_length} leaves {room} for a prompt: give at most {room}, or "
+            "leave it out.",
+        )
+
+
 def check_targets(target_modules: str | Sequence[str], model: ModelFacts) -> Iterator[Issue]:
     """Whether the model has the modules that an adapter is asked for; locs relative to `method`."""
     if isinstance(target_modules, str) or not model.linears:
@@ -261,6 +304,90 @@ def check_adapter(lora: Lora, name: str, adapter: AdapterFacts, model: ModelFact
         lora.target_modules, own_targets, model.linears if model is not None else {}
     ):
         yield _other_than_start("target_modules", lora.target_modules, name, own_targets)
+
+
+def _check_bases(spec: RunSpec, facts: Facts) -> Iterator[Issue]:
+    for name, adapter in facts.adapters.items():
+        loc: Loc = ("method", "adapters", name)
+        if facts.model is not None:
+            yield from check_base(adapter, facts.model, loc)
+        own, given = adapter.base_model, _hub_name(spec.model)
+        if own is not None and given is not None and _is_repository(own) and not _same_name(own, given):
+            yield Issue(
+                loc=loc,
+                msg=f"An adapter given whose config names the base {shown(own)}; the model is "
+                f"{shown(given)}: give one that was trained on that.",
+            )
+        is_reward = name == spec.ppo.reward_adapter_name
+        yield from check_head(adapter, loc, is_reward=is_reward)
+
+
+def _hub_name(source: ModelSource) -> str | None:
+    """What the hub calls a model; None: it need not be of the hub."""
+    if isinstance(source, HubModel):
+        return source.repo
+    name, revision = public_name(source.path)
+    return None if revision is None else name
+
+
+def _is_repository(name: str) -> bool:
+    return re.fullmatch(REPOSITORY, name) is not None
+
+
+def _same_name(one: str, other: str) -> bool:
+    """Whoever publishes a copy of a model changes the owner, not the name."""
+    return one.rsplit("/", 1)[-1].lower() == other.rsplit("/", 1)[-1].lower()
+
+
+def check_base(adapter: AdapterFacts, model: ModelFacts, loc: Loc) -> Iterator[Issue]:
+    """Whether a model has what an adapter changes, of the same shapes; the first thing it lacks is told."""
+    named = (
+        ""
+        if adapter.base_model is None
+        else f" (its config names {shown(public_name(adapter.base_model)[0])})"
+    )
+    for name, shape in adapter.changes.items():
+        # Output layers and embeddings are not told, and experts are stored as one weight.
+        if not model.linears or name.rsplit(".", 1)[-1] in OUTPUT_LAYERS or "experts" in name:
+            continue
+        own = model.linears.get(name)
+        if own is None or sorted(own) != sorted(shape):
+            has = "no such module" if own is None else f"one of {own[0]} x {own[1]}"
+            yield Issue(
+                loc=loc,
+                msg=f"An adapter given that changes {name}, of {shape[0]} x {shape[1]}; the model has {has}: "
+                f"it was trained for another base{named}. Give one that was trained for this model.",
+            )
+            return
+    width = model.hidden_size
+    if adapter.head is not None and width is not None and adapter.head[1] != width:
+        yield Issue(
+            loc=loc,
+            msg=f"An adapter given whose score head reads {adapter.head[1]} numbers; the model has {width}: "
+            f"it was trained for another base{named}. Give one that was trained for this model.",
+        )
+
+
+def check_head(adapter: AdapterFacts, loc: Loc, *, is_reward: bool) -> Iterator[Issue]:
+    """Whether an adapter has the score head that its role needs, and no other has one."""
+    if is_reward and adapter.head is None:
+        yield Issue(
+            loc=loc,
+            msg="An adapter without a score head given, and reward_adapter_name names it; give one that PEFT "
+            "saved of a decoder's ...ForSequenceClassification with task_type SEQ_CLS.",
+        )
+    elif is_reward and adapter.head is not None and adapter.head[0] != 1:
+        yield Issue(
+            loc=loc,
+            msg=f"An adapter with {adapter.head[0]} labels given, and reward_adapter_name names it; a reward "
+            "is one number: use one with 1 label.",
+        )
+    elif adapter.head is not None and not is_reward:
+        yield Issue(
+            loc=loc,
+            msg="An adapter with a score head given, which makes it a reward; name it in "
+            "ppo.reward_adapter_name, or give one of a language model.",
+        )
 
 
 def _other_than_start(field: str, given: object, name: str, own: object) -> Issue:
@@ -329,10 +456,24 @@ def check_reward_model(model: ModelFacts, loc: Loc) -> Iterator[Issue]:
             loc=loc,
             msg=f"A model with {model.labels} labels given; a reward is one number: use one with 1 label.",
         )
+    if model.has_padding is False:
+        yield Issue(
+            loc=loc,
+            msg="A model without a padding token given; set pad_token in its tokenizer_config.json, or "
+            "pad_token_id in its config.json (its eos token will do: padding changes no score).",
+        )
 
 
 def _episodes(ppo: Hyperparameters, prompts: int) -> int:
-    return int(ppo.num_train_epochs * prompts) if ppo.total_episodes is None else ppo.total_episodes
+    if ppo.total_episodes is not None:
+        return ppo.total_episodes
+    return int(ppo.num_train_epochs * prompts) * ppo.num_return_sequences
+
+
+def _passes(ppo: Hyperparameters, prompts: int) -> str:
+    """Where the number of episodes comes from, if it is not given."""
+    each = f" x num_return_sequences {ppo.num_return_sequences}" if ppo.num_return_sequences > 1 else ""
+    return f"num_train_epochs {ppo.num_train_epochs} x {prompts} prompts{each} = {_episodes(ppo, prompts)}"
 
 
 def plan(spec: RunSpec, facts: Facts) -> Plan:
@@ -353,7 +494,7 @@ def plan(spec: RunSpec, facts: Facts) -> Plan:
         **length.model_dump(),
         parameters_trained=_parameters(spec, facts)[0],
         memory=_memory(spec, facts),
-        warnings=tuple(_warnings(spec, length)),
+        warnings=tuple(_warnings(spec, length, facts)),
     )
 
 
@@ -365,6 +506,13 @@ def _policy_trained(spec: RunSpec, facts: Facts) -> int | None:
     start = trained_from(spec.method, spec.ppo)
     if start is not None and start in facts.adapters:
         return facts.adapters[start].parameters
+    return _new_adapter(spec, facts)
+
+
+def _new_adapter(spec: RunSpec, facts: Facts) -> int | None:
+    """Weights of a new adapter as the spec describes it."""
+    if facts.model is None or not isinstance(spec.method, Lora):
+        return None
     linears = facts.model.linears
     targeted = _targeted(spec.method.target_modules, linears)
     return sum(spec.method.r * sum(linears[name]) for name in targeted) if linears else None
@@ -372,10 +520,14 @@ def _policy_trained(spec: RunSpec, facts: Facts) -> int | None:
 
 def _value_trained(spec: RunSpec, facts: Facts) -> int | None:
     """A head on the policy has a bias; an own model is a trunk with the head of its class, which has none."""
-    if isinstance(spec.method.value, ValueHead):
+    role = critic(spec)
+    if role is None:
+        return 0
+    if isinstance(role, ValueHead | ValueAdapter):
         width = facts.model and facts.model.hidden_size
-        return width + 1 if width else None
-    model = facts.model if spec.method.value.source is None else facts.value
+        adapter = _policy_trained(spec, facts) if isinstance(role, ValueAdapter) else 0
+        return width + 1 + adapter if width and adapter is not None else None
+    model = facts.model if role.source is None else facts.value
     if model is None or model.trunk_parameters is None or model.hidden_size is None:
         return None
     return model.trunk_parameters + model.hidden_size
@@ -391,16 +543,21 @@ def _memory(spec: RunSpec, facts: Facts) -> dict[str, int] | None:
     """Bytes by role.
 
     What is trained, its gradients and Adam's two moments, the reference that is copied from it, frozen
-    adapters, and reward models are fp32; the frozen base under adapters has the run's precision.
+    adapters, and reward models are fp32; the frozen base under adapters has the run's precision. What is
+    offloaded is told under a name of its own.
     """
     trained, policy = _parameters(spec, facts)
     if facts.model is None or facts.model.parameters is None or trained is None or policy is None:
         return None
     base, frozen, reference = 0, 0, 0
+    reward = sum(model.parameters or 0 for model in facts.rewards.values())
     if isinstance(spec.method, Lora):
         base = facts.model.parameters * (_BF16 if spec.resources.precision == "bf16" else _FP32)
         own = spec.ppo.model_adapter_name or DEFAULT_ADAPTER
-        frozen = sum(adapter.parameters or 0 for name, adapter in facts.adapters.items() if name != own)
+        judge = spec.ppo.reward_adapter_name
+        sizes = {name: adapter.parameters or 0 for name, adapter in facts.adapters.items() if name != own}
+        reward += sizes.pop(judge, 0) if judge is not None else 0
+        frozen = sum(sizes.values())
     else:
         reference = facts.model.parameters
     roles = {
@@ -408,18 +565,25 @@ def _memory(spec: RunSpec, facts: Facts) -> dict[str, int] | None:
         "reference": reference * _FP32,
         "value": (trained - policy) * _FP32,
         "gradients": trained * _FP32,
-        "optimizer": trained * _FP32 * _ADAM_STATES,
+        _OPTIMIZER[spec.resources.offload]: trained * _FP32 * _ADAM_STATES,
     }
-    if facts.rewards:
-        roles["reward"] = sum(model.parameters or 0 for model in facts.rewards.values()) * _FP32
+    if reward:
+        roles["reward"] = reward * _FP32
     return roles
 
 
-def _warnings(spec: RunSpec, length: Schedule) -> Iterator[str]:
+def _warnings(spec: RunSpec, length: Schedule, facts: Facts) -> Iterator[str]:
     sampled = length.num_total_batches * length.batch_size
     if sampled != length.total_episodes:
         yield f"{sampled} episodes will be sampled, not {length.total_episodes}: updates are whole batches."
+    asked = length.batch_size // spec.ppo.num_return_sequences
+    if facts.prompts is not None and facts.prompts < asked:
+        yield f"A batch asks {asked} prompts, and there are {facts.prompts}: they repeat within a batch."
     if spec.ppo.stop_token is None and spec.ppo.stop_token_id is None:
         yield "No stop token: every response has response_length tokens."
-    if isinstance(spec.method, Lora) and isinstance(spec.method.value, ValueModel):
+    for name, adapter in facts.adapters.items():
+        given, own = spec.model, adapter.base_model and public_name(adapter.base_model)[0]
+        if isinstance(given, LocalModel) and own and not _same_name(own, public_name(given.path)[0]):
+            yield f"The adapter {shown(name)} names the base {shown(own)}; see that this is the model given."
+    if isinstance(spec.method, Lora) and isinstance(critic(spec), ValueModel):
         yield "An own value model is trained in full beside the adapters; a value head costs far less."

@@ -10,6 +10,7 @@ import hashlib
 import os
 import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +19,21 @@ from pydantic import JsonValue
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
-from ppo_engine import checkpoint
+from ppo_engine import checkpoint, reporting
 from ppo_engine.config import PPOConfig
 from ppo_engine.events import Event, EventType, encode
+from ppo_engine.issues import Issue, Loc, SpecError
+from ppo_engine.learn import NotFinite
 from ppo_engine.load import load, read_facts, read_rows
-from ppo_engine.parallel import processes_started
+from ppo_engine.memory import OutOfMemory
+from ppo_engine.parallel import offload_of, processes_started
 from ppo_engine.plan import plan
 from ppo_engine.rewards import build
-from ppo_engine.run_dir import Reason, Result, RunDir
-from ppo_engine.spec import Issue, Loc, Resources, RunSpec, SpecError, identity
+from ppo_engine.run_dir import Halvings, Reason, Result, RunDir
+from ppo_engine.spec import Lora, Resources, RunSpec, identity, public
 from ppo_engine.trainer import PPOTrainer
 from ppo_engine.watch import Watch
 
-_KEPT_CHECKPOINTS = 2
 _ACK_POLL_SECONDS = 0.2
 
 
@@ -100,6 +103,8 @@ class RunTrainer(PPOTrainer):
         self.stop = StopWhenAsked(self)
         self.add_callback(self.stop)
 
+    limit_names = ("prompts.overlong", "prompts.max_length")
+
     def prompts_loc(self, name: str) -> Loc:
         return ("prompts", "eval" if name == "eval_dataset" else "train")
 
@@ -115,30 +120,44 @@ class RunTrainer(PPOTrainer):
         self.say(kind, f"{kind}:{self.state.global_step}", dict(logs))
         super().log(logs, start_time)
 
-    def log_samples(self, samples: list[dict[str, Any]]) -> None:
-        update = self.state.global_step + 1
+    def log_samples(self, samples: list[dict[str, Any]], update: int) -> None:
         self.say("samples", f"samples:{update}", {"samples": samples}, update)
 
     def _say_checkpoint(self) -> None:
-        update, metrics = self.state.global_step, self._last_metrics()
-        self.say("checkpoint", f"checkpoint:{update}", {"update": update, "metrics": metrics})
+        update = self.state.global_step
+        self.say("checkpoint", f"checkpoint:{update}", {"update": update, "metrics": dict(self.latest)})
 
-    def _last_metrics(self) -> dict[str, JsonValue]:
-        """Of the update just done, those that a repeated run repeats."""
-        last = next((logs for logs in reversed(self.state.log_history) if "objective/kl" in logs), {})
-        return {name: value for name, value in last.items() if not name.startswith(("time/", "eps"))}
+    def _take_over(self, halvings: Halvings) -> None:
+        """What an engine before this one found out, which could only end, is said in its place."""
+        given = halvings.model_dump()
+        if not any(given.values()):
+            return
+        self.room.at_least(given)
+        times = ", ".join(f"{work} {number}" for work, number in given.items() if number)
+        message = f"Out of memory: the run was started again, with rows at a time halved so often: {times}."
+        self._say_warning(f"out_of_memory:{times}", "out_of_memory", message, given)
+
+    def warn(self, code: str, message: str, numbers: Mapping[str, JsonValue]) -> None:
+        update = self.state.global_step
+        self._say_warning(f"{code}:{update}:{'-'.join(map(str, numbers.values()))}", code, message, numbers)
+
+    def _say_warning(
+        self, key: str, code: str, message: str, numbers: Mapping[str, JsonValue] | None = None
+    ) -> None:
+        self.say("warning", f"warning:{key}", {"code": code, "message": message, **(numbers or {})})
 
     # Resuming ------------------------------------------------------------------------------------------
 
-    def _begin(self, resume_from_checkpoint: str | Path | bool | None) -> None:
-        super()._begin(resume_from_checkpoint)
+    def _resume(self, resume_from_checkpoint: str | Path | bool | None) -> None:
+        super()._resume(resume_from_checkpoint)
         if self.state.global_step == 0:
             if self.parallel.is_main:
                 self.run_dir.events.unlink(missing_ok=True)  # of a run that never came to a checkpoint
-            self.say("started", "started", self.introduction)
+            prompts = {self.prompts_loc(name)[-1]: read.counts() for name, read in self.prompt_sets.items()}
+            self.say("started", "started", {**self.introduction, "prompts": prompts})
         for message in self._damage:
-            slug = message.split()[1]
-            self.say("warning", f"warning:damaged:{slug}", {"code": "damaged_checkpoint", "message": message})
+            self._say_warning(f"damaged:{message.split()[1]}", "damaged_checkpoint", message)
+        self._take_over(self.run_dir.read_halvings())
 
     def _checkpoint_to_resume(self, resume_from_checkpoint: str | Path | bool | None) -> Path | None:
         return checkpoint.newest_whole(self.run_dir.checkpoints, self._damage.append)
@@ -148,11 +167,19 @@ class RunTrainer(PPOTrainer):
         update = self.state.global_step
         self.watch.progress = update
         if self.parallel.is_main:
-            position = checkpoint.read_run_state(directory)["events"]
-            if not self.events.cut_back(position):
+            saved = checkpoint.read_run_state(directory)
+            reporting.go_on(saved["reports"], self.run_dir.read_spec().report_to)
+            if not self.events.cut_back(saved["events"]):
                 self.say("rewound", f"rewound:a{self.attempt}:{update}", {"to": update})
         # A crash may have come between the checkpoint and the word of it.
         self._say_checkpoint()
+        changed = checkpoint.differences(checkpoint.read_run_state(directory)["made_with"])
+        if changed:
+            message = (
+                f"The checkpoint of update {update} was made elsewhere ({'; '.join(changed)}): the run goes "
+                "on, and may differ in its last digits from one that was never interrupted."
+            )
+            self._say_warning(f"not_exact:a{self.attempt}:{update}", "not_exact", message)
         if update not in self.run_dir.complete_exports():
             self._export(update)
 
@@ -163,19 +190,35 @@ class RunTrainer(PPOTrainer):
         update = self.state.global_step
         self._await_acks()
         self._export(update)
-        self.save_checkpoint(self.run_dir.checkpoint(update), self._last_metrics())
+        self.judge()
+        self.save_checkpoint(self.run_dir.checkpoint(update))
         self._say_checkpoint()
         if self.parallel.is_main:
             self._drop_old_checkpoints()
 
     def _export(self, update: int) -> None:
-        def fill(directory: Path) -> None:
-            self.save_model(str(directory))
+        method = self.run_dir.read_spec().method
+        save = self.save_merged_model if isinstance(method, Lora) and method.merge else self.save_model
 
-        checkpoint.write(self.run_dir.export(update), update, self.parallel, fill, self._last_metrics())
+        def fill(directory: Path) -> None:
+            save(str(directory))
+
+        checkpoint.write(self.run_dir.export(update), update, self.parallel, fill, self.latest)
+
+    def keep_policy(self) -> None:
+        """Export the policy of a run that cannot go on: no step that was not finite is in it."""
+        update = self.state.global_step
+        if update > 0 and update not in self.run_dir.complete_exports():
+            self._export(update)
+
+    def settings(self) -> tuple[str, dict[str, JsonValue]]:
+        return "Spec", public(self.run_dir.read_spec())
 
     def extra_state(self) -> dict[str, Any]:
-        return {"events": self.events.position()}
+        return {
+            "events": self.events.position(),
+            "reports": reporting.open_runs(self.run_dir.read_spec().report_to),
+        }
 
     def extra_identity(self) -> dict[str, JsonValue]:
         return identity(self.run_dir.read_spec())
@@ -191,12 +234,13 @@ class RunTrainer(PPOTrainer):
 
     def _is_upload_behind(self) -> bool:
         acks = self.run_dir.read_acks()
-        waiting = self.run_dir.complete_checkpoints()[-_KEPT_CHECKPOINTS:-1]
+        waiting = self.run_dir.complete_checkpoints()[-2:-1]
         return acks is not None and not set(waiting) <= set(acks.checkpoints) and self.watch.reason() is None
 
     def _drop_old_checkpoints(self) -> None:
         acks = self.run_dir.read_acks()
-        for update in self.run_dir.complete_checkpoints()[:-_KEPT_CHECKPOINTS]:
+        updates = self.run_dir.complete_checkpoints()
+        for update in set(updates) - self._kept(updates, self.run_dir.checkpoint):
             if acks is None or update in acks.checkpoints:
                 shutil.rmtree(self.run_dir.checkpoint(update))
 
@@ -206,10 +250,18 @@ def run(run_dir: RunDir, spec: RunSpec, attempt: int, watch: Watch) -> Result:
 
     Raises:
         SpecError: the run cannot be, and why.
-        RewardError, NotFinite, CheckpointMismatch: as `PPOTrainer.train`.
+        RewardError, NotFinite, OutOfMemory, CheckpointMismatch: as `PPOTrainer.train`.
     """
     trainer = _trainer(run_dir, spec, attempt, watch)
-    trainer.train(resume_from_checkpoint=True)
+    try:
+        trainer.train(resume_from_checkpoint=True)
+    except OutOfMemory as error:
+        if error.can_go_on:
+            return _out_of_memory(run_dir, error, trainer)
+        raise
+    except NotFinite:
+        trainer.keep_policy()
+        raise
     update, reason = trainer.state.global_step, trainer.stop.reason
     if reason is not None:
         message = f"Stopped after update {update} of {trainer.plan.num_total_batches}."
@@ -219,13 +271,21 @@ def run(run_dir: RunDir, spec: RunSpec, attempt: int, watch: Watch) -> Result:
     return Result(outcome="succeeded", reason="finished", update=update, message=message)
 
 
-def _require_as_planned(resources: Resources, name: str, found: int) -> None:
+def _out_of_memory(run_dir: RunDir, error: OutOfMemory, trainer: RunTrainer) -> Result:
+    """Hand over what has been found out to the engine that is started next, in the same directory."""
+    run_dir.write_halvings(Halvings(**trainer.room.halvings))
+    return Result(outcome="stopped", reason="oom", update=trainer.state.global_step, message=str(error))
+
+
+def _require_as_planned(resources: Resources, name: str, found: int | str) -> None:
     """Raises SpecError where the run was not started with the resources that it is planned for."""
     given = getattr(resources, name)
     if given == found:
         return
     kind = f"--use_deepspeed --zero_stage {resources.zero_stage}" if resources.zero_stage else "--multi_gpu"
     fix = f"start it through accelerate launch --num_processes {resources.gpus} {kind}"
+    if resources.offload == "optimizer":
+        fix += " --offload_optimizer_device cpu"
     if resources.gpus == 1 and not resources.zero_stage:
         fix = "start it without a launcher"
     msg = f"{given} given, but the run was started with {found}: {fix}."
@@ -241,18 +301,24 @@ def _trainer(run_dir: RunDir, spec: RunSpec, attempt: int, watch: Watch) -> RunT
     columns = {field: {name for row in several for name in row} for field, several in rows.items()}
     facts = read_facts(spec, len(train_rows), columns)
     has_gpu = torch.cuda.is_available()
+    name = run_dir.name(attempt)
     args = PPOConfig.from_spec(
         spec,
         facts,
         output_dir=run_dir.checkpoints,
-        report_to="none",
+        report_to=list(spec.report_to),
+        run_name=name,
         disable_tqdm=True,
         use_cpu=not has_gpu,
         ddp_backend="gloo" if spec.resources.gpus > 1 and not has_gpu else None,
     )
     zero_stage = 0 if args.deepspeed_plugin is None else args.deepspeed_plugin.zero_stage
     _require_as_planned(spec.resources, "zero_stage", zero_stage)
+    _require_as_planned(spec.resources, "offload", offload_of(args.deepspeed_plugin))
     introduction = {"plan": plan(spec, facts).model_dump(mode="json"), "made_with": checkpoint.environment()}
+    if spec.report_to:
+        run_dir.reports.mkdir(exist_ok=True)
+        os.environ |= reporting.environment(os.environ, run_dir, name)
     set_seed(spec.ppo.seed)  # before new adapters and heads are drawn
     loaded = load(spec)
     return RunTrainer(

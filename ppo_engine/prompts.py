@@ -11,12 +11,13 @@ import hashlib
 import json
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from ppo_engine.draws import Purpose, stream
-from ppo_engine.spec import Issue, Loc, SpecError, shown
+from ppo_engine.issues import Issue, Loc, SpecError, shown
+from ppo_engine.spec import PromptLengths
 
 DataCollator: TypeAlias = Callable[..., Mapping[str, Any]]
 
@@ -31,6 +32,57 @@ class Prompt:
     text: str
     ids: list[int]
     columns: dict[str, Any]
+
+
+_AS_LONG_AS_THERE_IS_ROOM = PromptLengths()
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """The prompts of a data set that are kept, in order, and what became of those that were too long."""
+
+    prompts: list[Prompt]
+    dropped: int
+    truncated: int
+
+    @property
+    def rows(self) -> int:
+        """As given."""
+        return len(self.prompts) + self.dropped
+
+    def counts(self) -> dict[str, int]:
+        return {
+            "rows": self.rows,
+            "kept": len(self.prompts),
+            "dropped": self.dropped,
+            "truncated": self.truncated,
+        }
+
+
+@dataclass(frozen=True)
+class Limit:
+    """How long prompts may be, and what becomes of longer ones.
+
+    room: tokens that the model's context less response_length leaves; None: not known. names: what messages
+    call the fields of `lengths`: overlong, max_length.
+    """
+
+    room: int | None = None
+    lengths: PromptLengths = _AS_LONG_AS_THERE_IS_ROOM
+    names: tuple[str, str] = ("overlong_prompts", "max_prompt_length")
+
+    @property
+    def tokens(self) -> int | None:
+        """Most of a prompt; None: without limit."""
+        bounds = [bound for bound in (self.room, self.lengths.max_length) if bound is not None]
+        return min(bounds, default=None)
+
+    def told(self) -> tuple[str, str]:
+        """What sets the limit, and how to move it."""
+        if self.room == self.tokens:
+            room = max(self.room or 0, 0)
+            return f"the model's context less response_length leaves room for {room}", "lower response_length"
+        return f"{self.names[1]} is {self.tokens}", f"raise {self.names[1]}"
 
 
 def read_jsonl(path: Path, loc: Loc) -> Iterator[dict[str, Any]]:
@@ -54,39 +106,51 @@ def read_jsonl(path: Path, loc: Loc) -> Iterator[dict[str, Any]]:
 def read_dataset(
     rows: Iterable[Mapping[str, Any]],
     tokenizer: Any,
-    limit: int | None,
+    limit: Limit,
     data_collator: DataCollator | None = None,
     *,
     vocab_size: int | None = None,
     loc: Loc = ("train_dataset",),
-) -> list[Prompt]:
+) -> PromptSet:
     """Make every row a prompt.
 
     rows: dicts, such as a `datasets.Dataset` or `read_jsonl` gives. Of `input_ids`, `messages`, and
         `prompt` the first that a row has is its prompt.
-    limit: most tokens of a prompt: the model's context less response_length. None: without limit.
+    limit: longer prompts are refused, left out, or lose their first tokens; the text is then that of the
+        tokens which are left, while columns stay as they are.
     data_collator: is given the `input_ids` of each row that has them as a batch of one, and may change
         them; padding is taken away by the attention mask it returns.
     vocab_size: of the model's embedding. loc: what messages call the data set.
 
     Raises:
         SpecError: there are no rows, or some have no prompt, an empty one, one the chat template refuses,
-            ids the model lacks, or one that is too long to leave room for a response.
+            ids the model lacks, or one that is too long and to be refused; or none is left.
     """
     prompts: list[Prompt] = []
     problems: list[str] = []
+    dropped = truncated = 0
     for number, row in enumerate(rows, 1):  # as lines of a file are counted
         try:
             prompt = _prompt(row, tokenizer, data_collator)
-            _check_ids(prompt.ids, limit, vocab_size)
-            prompts.append(prompt)
+            _check_ids(prompt.ids, vocab_size)
+            if limit.tokens is None or len(prompt.ids) <= limit.tokens:
+                prompts.append(prompt)
+            elif limit.lengths.overlong == "drop":
+                dropped += 1
+            elif limit.lengths.overlong == "truncate":
+                truncated += 1
+                prompts.append(_end_of(prompt, limit.tokens, tokenizer, row))
+            else:
+                raise _too_long(prompt, limit)
         except _BadRow as problem:
             problems.append(f"Row {number} {problem}")
-    if not prompts and not problems:
+    if not prompts and not problems and dropped:
+        problems.append(_none_left(dropped, limit))
+    elif not prompts and not problems:
         problems.append("No rows given; give at least one prompt.")
     if problems:
         raise SpecError([Issue(loc=loc, msg=msg) for msg in _first(problems)])
-    return prompts
+    return PromptSet(prompts, dropped, truncated)
 
 
 class _BadRow(ValueError):
@@ -145,14 +209,33 @@ def _collated(ids: list[int], data_collator: DataCollator) -> list[int]:
     return [token for token, is_text in zip(collated, mask[0], strict=True) if is_text]
 
 
-def _check_ids(ids: Sequence[int], limit: int | None, vocab_size: int | None) -> None:
+def _end_of(prompt: Prompt, tokens: int, tokenizer: Any, row: Mapping[str, Any]) -> Prompt:
+    """Its last tokens, with their text. Special tokens stand in it where they stood in the row's."""
+    assert tokens > 0, "the rules leave room for a prompt"
+    ids = prompt.ids[-tokens:]
+    is_decoded = row.get("input_ids") is not None
+    return replace(prompt, text=tokenizer.decode(ids, skip_special_tokens=is_decoded), ids=ids)
+
+
+def _too_long(prompt: Prompt, limit: Limit) -> _BadRow:
+    rule, fix = limit.told()
+    return _BadRow(
+        f"has a prompt of {len(prompt.ids)} tokens; {rule}: shorten the prompt, {fix}, or have such prompts "
+        f"dropped or truncated by {limit.names[0]}."
+    )
+
+
+def _none_left(dropped: int, limit: Limit) -> str:
+    rule, fix = limit.told()
+    return (
+        f"{dropped} of {dropped} prompts are dropped, since {rule}, and none is left: shorten the prompts, "
+        f'{fix}, or give {limit.names[0]} "truncate".'
+    )
+
+
+def _check_ids(ids: Sequence[int], vocab_size: int | None) -> None:
     if not ids:
         raise _BadRow("has an empty prompt; a prompt needs at least one token.")
-    if limit is not None and len(ids) > limit:
-        raise _BadRow(
-            f"has a prompt of {len(ids)} tokens; the model's context less response_length leaves room for "
-            f"{max(limit, 0)}: shorten the prompt, or lower response_length."
-        )
     if vocab_size is not None and max(ids) >= vocab_size:
         raise _BadRow(f"has the token id {max(ids)}; the model has ids 0 to {vocab_size - 1}.")
 

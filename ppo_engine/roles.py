@@ -7,18 +7,24 @@ another adapter on. This module does not know processes or the training loop.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import dataclasses
+import re
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model
-from torch import nn
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from pydantic import JsonValue
+from torch import Tensor, nn
 
 from ppo_engine import plan
-from ppo_engine.actor_critic import causal_lm, output_logits, trunk
+from ppo_engine.actor_critic import ScalarHead, causal_lm, trunk
+from ppo_engine.adapters import REWARD_HEADS, VALUE_ADAPTER, Switch, parameters_of
 from ppo_engine.facts import ModelFacts, TokenizerFacts, linears
-from ppo_engine.spec import DEFAULT_ADAPTER, Loc, SpecError
+from ppo_engine.issues import Loc, SpecError
+from ppo_engine.logprobs import output_logits
+from ppo_engine.spec import DEFAULT_ADAPTER
 
 
 def build_policy(model: nn.Module, peft_config: PeftConfig | None, adapter: str | None) -> nn.Module:
@@ -26,29 +32,105 @@ def build_policy(model: nn.Module, peft_config: PeftConfig | None, adapter: str 
 
     Raises:
         TypeError: `peft_config` is no PeftConfig.
-        ValueError: a peft model and a `peft_config` are given together, or the adapter does not exist.
+        ValueError: the adapter that `peft_config` is to make is there already, or without a `peft_config`
+            is not; or it is of a kind that has no layers.
     """
+    name = adapter or DEFAULT_ADAPTER
     if peft_config is not None:
         if not isinstance(peft_config, PeftConfig):
             raise TypeError(
                 f"peft_config is a {type(peft_config).__name__}; give a peft.PeftConfig, such as LoraConfig."
             )
-        if isinstance(model, PeftModel):
-            raise ValueError(
-                "model is a PeftModel and peft_config is given too; merge and unload the model's adapter "
-                "first, or leave peft_config out to train the adapter it has."
-            )
-        model = get_peft_model(model, peft_config, adapter_name=adapter or DEFAULT_ADAPTER)
+        model = with_new_adapter(model, peft_config, name)
     if isinstance(model, PeftModel):
-        train_adapter(model, adapter or DEFAULT_ADAPTER)
+        train_adapter(model, name)
+    return model
+
+
+def with_new_adapter(model: nn.Module, config: PeftConfig, name: str) -> PeftModel:
+    """The model with one adapter more, made anew. Raises ValueError where it has one of that name."""
+    if not isinstance(model, PeftModel):
+        return get_peft_model(model, config, adapter_name=name)
+    if name in model.peft_config:
+        raise ValueError(
+            f"model is a PeftModel with an adapter {name!r}, and peft_config is given too; merge and unload "
+            "that adapter first, give model_adapter_name another name, or leave peft_config out to train "
+            "the adapter it has."
+        )
+    model.add_adapter(name, config)
     return model
 
 
 def train_adapter(policy: PeftModel, adapter: str) -> None:
     """Make one adapter active, and it alone trainable."""
     require_adapter(policy, adapter, "model_adapter_name")
+    kind = policy.peft_config[adapter]
+    if kind.is_prompt_learning or kind.is_adaption_prompt:
+        raise ValueError(f"{kind.peft_type} given, which changes prompts, not layers; give a LoraConfig.")
     policy.requires_grad_(False)
     policy.set_adapter(adapter)
+
+
+def add_value_adapter(policy: nn.Module, shaped_as: str) -> str:
+    """A second adapter to be trained, on the trunk alone; it starts as no change. Returns its name.
+
+    shaped_as: the policy's adapter whose rank, scale, and modules it takes.
+
+    Raises:
+        ValueError: that is no LoRA, or there is none.
+    """
+    config = policy.peft_config[shaped_as] if isinstance(policy, PeftModel) else None
+    if not isinstance(policy, PeftModel) or not isinstance(config, LoraConfig):
+        raise ValueError("value_adapter is true without a LoRA on the policy; give peft_config a LoraConfig.")
+    head = causal_lm(policy).get_output_embeddings()
+    beyond = [name for name, module in causal_lm(policy).named_modules() if module is head]
+    own = dataclasses.replace(
+        copy.deepcopy(config),
+        init_lora_weights=True,
+        inference_mode=False,
+        modules_to_save=None,
+        trainable_token_indices=None,
+        exclude_modules=_excluded(config.exclude_modules, beyond),
+    )
+    policy.add_adapter(VALUE_ADAPTER, own)
+    train_adapter(policy, shaped_as)
+    for parameter in parameters_of(policy, VALUE_ADAPTER).values():
+        parameter.requires_grad_(True)
+    return VALUE_ADAPTER
+
+
+def _excluded(given: Any, beyond: Sequence[str]) -> Any:
+    """A pattern, or names, of modules without an adapter: those given, and these."""
+    if isinstance(given, str):
+        return "|".join([f"(?:{given})", *map(re.escape, beyond)])
+    return sorted({*(given or ()), *beyond}) or None
+
+
+def require_reward_adapter(policy: nn.Module, adapter: str, trained: str) -> None:
+    """Raises ValueError where the policy has no reward adapter of that name, or it is the one trained."""
+    require_adapter(policy, adapter, "reward_adapter_name")
+    if adapter == trained:
+        raise ValueError(
+            f"reward_adapter_name is {adapter!r}, which is also the adapter that is trained; the reward must "
+            "stay: give model_adapter_name another name."
+        )
+    if adapter not in getattr(policy, REWARD_HEADS, {}):
+        raise ValueError(
+            f"reward_adapter_name is {adapter!r}, an adapter without a score head; load it with "
+            f"ppo_engine.load_reward_adapter(model, directory, {adapter!r})."
+        )
+
+
+def add_reward_head(policy: PeftModel, adapter: str, weight_1D: Tensor) -> None:
+    """The score head of a reward adapter: with it on the policy, and with it never trained nor exported."""
+    if not hasattr(policy, REWARD_HEADS):
+        policy.add_module(REWARD_HEADS, nn.ModuleDict())
+    head = ScalarHead(weight_1D.shape[1], bias=False)
+    with torch.no_grad():
+        head.weight.copy_(weight_1D)
+    getattr(policy, REWARD_HEADS)[adapter] = head.to(causal_lm(policy).device)
+    for parameter in parameters_of(policy, adapter).values():
+        parameter.requires_grad_(False)
 
 
 def require_adapter(policy: nn.Module, adapter: str, field: str) -> None:
@@ -60,6 +142,19 @@ def require_adapter(policy: nn.Module, adapter: str, field: str) -> None:
         )
 
 
+def adapter_settings(policy: nn.Module, adapter: str) -> dict[str, JsonValue]:
+    """What tells one adapter's shape and scale from another's, by the names a script gave them."""
+    if not isinstance(policy, PeftModel):
+        return {}
+    config = policy.peft_config[adapter]
+    targets = getattr(config, "target_modules", None)
+    settings: dict[str, JsonValue] = {
+        f"peft_config.{name}": getattr(config, name, None) for name in ("r", "lora_alpha", "use_rslora")
+    }
+    settings["peft_config.target_modules"] = targets if isinstance(targets, str) else sorted(targets or ())
+    return settings
+
+
 def facts_of(model: nn.Module, tokenizer: Any = None) -> ModelFacts:
     """What the rules of a plan need of a loaded model, and of its tokenizer where it has one of its own."""
     language_model = causal_lm(model)
@@ -69,7 +164,8 @@ def facts_of(model: nn.Module, tokenizer: Any = None) -> ModelFacts:
         architectures=tuple(language_model.config.architectures or ()),
         vocab_size=config.vocab_size,
         context_length=getattr(config, "max_position_embeddings", None),
-        linears=linears({name: tuple(weight.shape) for name, weight in language_model.named_parameters()}),
+        hidden_size=config.hidden_size,
+        linears=linears(_base_shapes(language_model)),
         tokenizer=tokenizer
         and TokenizerFacts(
             pad_token=tokenizer.pad_token,
@@ -77,6 +173,15 @@ def facts_of(model: nn.Module, tokenizer: Any = None) -> ModelFacts:
             chat_template=bool(tokenizer.chat_template),
         ),
     )
+
+
+def _base_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Of all weights, by the names they have without adapters; those of adapters are left out."""
+    return {
+        name.replace(".base_layer.", "."): tuple(weight.shape)
+        for name, weight in model.named_parameters()
+        if ".lora_" not in name
+    }
 
 
 def frozen_copy(model: nn.Module) -> nn.Module:
@@ -101,11 +206,22 @@ def recompute_activations(model: nn.Module, kwargs: Any) -> None:
     """Keep few activations for the backward pass, and compute the others again.
 
     kwargs: a dict or None; `every_n_layers` and `offload` as in Trainer, others of `torch.utils.checkpoint`.
+
+    Raises:
+        ValueError: they leave no way to compute a layer again with the adapter of its forward.
     """
     given = dict(kwargs or {})
     layers = {name: given.pop(name) for name in ("every_n_layers", "offload") if name in given}
+    given = given or {"use_reentrant": False}
+    if isinstance(model, PeftModel) and VALUE_ADAPTER in model.peft_config:
+        if given.get("use_reentrant", True) or "context_fn" in given:
+            raise ValueError(
+                "activation_checkpointing_kwargs has use_reentrant not false, or a context_fn, with an "
+                "adapter for the value; the way back needs use_reentrant false and a context_fn of its own."
+            )
+        given["context_fn"] = Switch(model).recomputing
     enable: Any = causal_lm(model).activation_checkpointing_enable
-    enable(activation_checkpointing_kwargs=given or {"use_reentrant": False}, **layers)
+    enable(activation_checkpointing_kwargs=given, **layers)
 
 
 def set_modes(model: nn.Module) -> None:
@@ -151,21 +267,15 @@ def check_value_model(value_model: nn.Module | None, policy: ModelFacts, loc: Lo
 def reference_adapter(policy: PeftModel, ref_adapter_name: str | None) -> Iterator[None]:
     """Inside, the policy computes as the reference: adapters off, or the named one on.
 
-    Afterwards, whatever happened, active adapters, `requires_grad`, and modes are as before: peft's own
-    switches change `requires_grad`.
+    Afterwards, whatever happened, active adapters, `requires_grad`, and modes are as before, even where what
+    was done inside has changed them: peft's own switches and a generation do.
     """
-    active = list(policy.active_adapters)
     trained = [(parameter, parameter.requires_grad) for parameter in policy.parameters()]
     modes = [(module, module.training) for module in policy.modules()]
     try:
-        if ref_adapter_name is None:
-            policy.base_model.disable_adapter_layers()
-        else:
-            policy.set_adapter(ref_adapter_name)
-        yield
+        with Switch(policy).computing_with(ref_adapter_name):
+            yield
     finally:
-        policy.base_model.enable_adapter_layers()
-        policy.base_model.set_adapter(active)
         for parameter, requires_grad in trained:
             parameter.requires_grad_(requires_grad)
         for module, training in modes:

@@ -1,8 +1,8 @@
 """Where the things of one attempt lie on disk, and the small files its two sides talk through.
 
 The worker writes `spec.json`, `data/`, `control.json`, and `acks.json`; the engine writes `events.jsonl`,
-`checkpoints/`, `exports/`, `engine.log`, and `result.json`. Small files are replaced atomically. A checkpoint
-or export exists from the moment its manifest does, and not before.
+`checkpoints/`, `exports/`, `reports/`, `engine.log`, `halvings.json`, and `result.json`. Small files are
+replaced atomically. A checkpoint or export exists from the moment its manifest does, and not before.
 This module knows no torch, no queue, no database.
 """
 
@@ -12,13 +12,13 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
-from ppo_engine.spec import Issue, RunSpec, SpecError, parse
+from ppo_engine.issues import Issue, SpecError
+from ppo_engine.spec import RunSpec, parse
 
 MANIFEST = "manifest.json"
 
@@ -53,6 +53,17 @@ class Acks(_File):
     """Updates whose full checkpoint is safe elsewhere: only those may be deleted by the engine."""
 
     checkpoints: tuple[int, ...] = ()
+
+
+class Halvings(_File):
+    """How often what is computed at a time has been halved, since memory ended; by kind of work.
+
+    Written by an engine that cannot go on itself (sharded weights), for the one that is started after it.
+    """
+
+    rollout: int = 0
+    scoring: int = 0
+    update: int = 0
 
 
 class Result(_File):
@@ -95,9 +106,16 @@ class RunDir:
         self.control = self.path / "control.json"
         self.acks = self.path / "acks.json"
         self.result = self.path / "result.json"
+        self.halvings = self.path / "halvings.json"
         self.log = self.path / "engine.log"
         self.checkpoints = self.path / "checkpoints"
         self.exports = self.path / "exports"
+        self.reports = self.path / "reports"
+
+    def name(self, attempt: int) -> str:
+        """What people know the run by: its job, where this is one of its attempts (`<job>/a<attempt>`)."""
+        path = self.path.absolute()
+        return path.parent.name if path.name == f"a{attempt}" else path.name
 
     def data(self, file_id: str) -> Path:
         """The prompts of one file, as canonical JSONL."""
@@ -141,6 +159,13 @@ class RunDir:
 
     def read_result(self) -> Result | None:
         return _read(self.result, Result)
+
+    def write_halvings(self, halvings: Halvings) -> None:
+        write_atomic(self.halvings, halvings.model_dump_json().encode())
+
+    def read_halvings(self) -> Halvings:
+        """What an engine before this one has found out; without the file, nothing."""
+        return _read(self.halvings, Halvings) or Halvings()
 
     def complete_checkpoints(self) -> list[int]:
         """Updates whose checkpoint is whole, oldest first."""
@@ -217,9 +242,12 @@ def damage(directory: Path, manifest: Manifest) -> str | None:
 
 def complete_updates(parent: Path, prefix: str = "update") -> list[int]:
     """The updates N of all directories `<prefix>-N` that have a manifest, ascending."""
+    return [n for n in named_updates(parent, prefix) if read_manifest(parent / f"{prefix}-{n}") is not None]
+
+
+def named_updates(parent: Path, prefix: str = "update") -> list[int]:
+    """The updates N of all directories `<prefix>-N`, ascending, whatever is left of them."""
     if not parent.is_dir():
         return []
-    found: Sequence[tuple[Path, re.Match[str] | None]] = [
-        (path, re.fullmatch(rf"{prefix}-(\d+)", path.name)) for path in parent.iterdir()
-    ]
-    return sorted(int(match[1]) for path, match in found if match and read_manifest(path) is not None)
+    found = [re.fullmatch(rf"{prefix}-(\d+)", path.name) for path in parent.iterdir()]
+    return sorted(int(match[1]) for match in found if match)

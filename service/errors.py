@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
-from ppo_engine.spec import Issue, shown
+from ppo_engine.issues import Issue, shown
 
 
 class ServiceError(Exception):

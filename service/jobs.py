@@ -10,8 +10,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ppo_engine.issues import Issue, shown
 from ppo_engine.plan import Plan
-from ppo_engine.spec import SPEC_VERSION, Issue, RunSpec, shown
+from ppo_engine.spec import SPEC_VERSION, RunSpec
 from service.errors import NotFound
 from service.planning import Planned, Planner, invalid
 from service.specs import Job, JobCreate, JobError, Page, State, unstorable

@@ -13,18 +13,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ppo_engine.facts import AdapterFacts, Facts, FactsError, ModelFacts, facts_at, gather
-from ppo_engine.spec import (
-    HubModel,
-    Issue,
-    Loc,
-    LocalModel,
-    ModelSource,
-    Plugin,
-    RunSpec,
-    SpecError,
-    parse,
-    shown,
-)
+from ppo_engine.issues import Issue, Loc, SpecError, shown
+from ppo_engine.model_sources import HubModel, LocalModel, ModelSource
+from ppo_engine.reward_kinds import Plugin
+from ppo_engine.spec import RunSpec, parse
 from ppo_engine.spec import sources as sources
 
 REWARD_PLUGINS = "proxima.rewards"

@@ -13,8 +13,9 @@ from typing import Any
 import anyio.to_thread
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from ppo_engine.issues import Issue, Loc, SpecError, shortened, shown
 from ppo_engine.plan import Plan, plan
-from ppo_engine.spec import Issue, Loc, RunSpec, SpecError, parse, shortened, shown
+from ppo_engine.spec import RunSpec, parse
 from service import models
 from service.errors import Invalid, NotFound
 from service.settings import Settings

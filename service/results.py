@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Collection, Sequence
 from dataclasses import dataclass
 
-from ppo_engine.spec import shown
+from ppo_engine.issues import shown
 from service.blobs import Blob, open_blob
 from service.errors import NotFound
 from service.specs import Checkpoint, Event, MetricsRow, Page, SamplesRow, StoredFile

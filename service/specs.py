@@ -15,8 +15,9 @@ from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJson
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, core_schema
 
+from ppo_engine.issues import Issue, Loc
 from ppo_engine.plan import Plan
-from ppo_engine.spec import Issue, Loc, RunSpec
+from ppo_engine.spec import RunSpec
 
 State = Literal["queued", "running", "paused", "succeeded", "failed", "cancelled"]
 
@@ -185,7 +186,8 @@ class SamplesRow(Answer):
     update: int
     """The update that they were sampled at: the cursor of pages."""
     samples: list[JsonValue]
-    """Each with `prompt`, `response`, and `score`."""
+    """Each with its `kind` (`train`; `eval`: sampled for an evaluation; `eval/greedy`: the most likely
+    response), `prompt`, `response`, `score`, and `rewards`: what each reward gave, without its weight."""
 
 
 class StoredFile(Answer):

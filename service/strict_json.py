@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from itertools import count
 from typing import Any
 
-from ppo_engine.spec import Issue, Loc, shown
+from ppo_engine.issues import Issue, Loc, shown
 
 MAX_DEPTH = 64
 _TOO_DEEP = f"values nested more than {MAX_DEPTH} deep given, which is the most; flatten them."

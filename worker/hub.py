@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from ppo_engine.model_sources import HubModel
 from ppo_engine.run_dir import RunDir
-from ppo_engine.spec import HubModel
 from worker.outage import Outage, Patience, persist
 from worker.process import Program, running
 

@@ -14,10 +14,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import ppo_engine
-from ppo_engine.spec import Resources
+from ppo_engine.spec import Resources, Tracker
 
 DRIVER = Path("/proc/driver/nvidia/gpus")
 SMI_SECONDS = 30.0
+_OFFLOAD = {"none": (), "optimizer": ("--offload_optimizer_device", "cpu")}
 
 # All that an engine may see of the worker's environment. It runs code that users choose by name (models,
 # plug-ins): the database, the broker, the storage, and the keys are none of its business.
@@ -31,6 +32,14 @@ PASSED = re.compile(
     """,
     re.VERBOSE,
 )
+
+# What the trackers of a run are told besides, where its spec names them. The id of one run is not for every
+# job, and their models are stored by us.
+PASSED_FOR = {
+    "tensorboard": re.compile(r"TENSORBOARD_LOGGING_DIR"),
+    "wandb": re.compile(r"WANDB_(?!RUN_ID|RESUME|LOG_MODEL)\w+"),
+    "mlflow": re.compile(r"MLFLOW_(?!RUN_ID)\w+"),
+}
 
 
 def find_gpus(environment: Mapping[str, str]) -> tuple[str, ...]:
@@ -82,7 +91,7 @@ def _accelerate(resources: Resources) -> list[str]:
     `--multi_gpu` also stands for several processes without a GPU: `--cpu` would start one only.
     """
     kind = (
-        ["--use_deepspeed", "--zero_stage", str(resources.zero_stage)]
+        ["--use_deepspeed", "--zero_stage", str(resources.zero_stage), *_OFFLOAD[resources.offload]]
         if resources.zero_stage
         else ["--multi_gpu"]
     )
@@ -100,16 +109,22 @@ def _accelerate(resources: Resources) -> list[str]:
 
 
 def environment(
-    given: Mapping[str, str], more: Sequence[str], gpus: Sequence[str], allow_hub: bool
+    given: Mapping[str, str],
+    more: Sequence[str],
+    gpus: Sequence[str],
+    allow_hub: bool,
+    trackers: Sequence[Tracker] = (),
 ) -> dict[str, str]:
     """What the engine sees of the environment.
 
     more:
         Names the operator adds to those that are passed anyway.
+    trackers:
+        What the run reports to.
     gpus:
         Devices it may use; none: it runs on the CPU.
     """
-    kept = {name: value for name, value in given.items() if _passes(name, more)}
+    kept = {name: value for name, value in given.items() if _passes(name, more, trackers)}
     kept["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
     kept["PYTHONUNBUFFERED"] = "1"
     kept["TOKENIZERS_PARALLELISM"] = "false"
@@ -119,8 +134,9 @@ def environment(
     return kept
 
 
-def _passes(name: str, more: Sequence[str]) -> bool:
-    return name in more or PASSED.fullmatch(name) is not None
+def _passes(name: str, more: Sequence[str], trackers: Sequence[Tracker]) -> bool:
+    patterns = [PASSED, *(PASSED_FOR[tracker] for tracker in trackers)]
+    return name in more or any(pattern.fullmatch(name) for pattern in patterns)
 
 
 def _engine_home() -> str:

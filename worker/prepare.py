@@ -14,9 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ppo_engine.issues import Issue, Loc, SpecError
+from ppo_engine.model_sources import HubModel, LocalModel
 from ppo_engine.plan import Plan, plan
 from ppo_engine.run_dir import MANIFEST, Manifest, RunDir, write_atomic
-from ppo_engine.spec import HubModel, Issue, Loc, LocalModel, RunSpec, SpecError, parse, upgrade
+from ppo_engine.spec import RunSpec, parse, upgrade
 from service import models
 from service.storage import Damaged, Storage
 from service.store import files

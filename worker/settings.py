@@ -27,6 +27,9 @@ class WorkerSettings(Settings):
     would use: nothing for one process, `accelerate launch` for several."""
     engine_environment: tuple[str, ...] = ()
     """Names of further variables of the worker's environment that its engines get."""
+    http_allow_private: bool = False
+    """Let rewards of type `http` be asked for at private addresses, loopback among them: whoever may submit a
+    job can then send requests to whatever the worker's network reaches."""
     stop_grace_seconds: PositiveFloat = 60.0
     """How long an engine that is to stop may go on to the end of its update, and save."""
     kill_grace_seconds: PositiveFloat = 10.0

@@ -16,8 +16,10 @@ from functools import partial
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from ppo_engine.issues import SpecError
+from ppo_engine.reward_kinds import HTTP_ALLOW_PRIVATE, SECRET_PREFIX
 from ppo_engine.run_dir import Acks, RunDir
-from ppo_engine.spec import SECRET_PREFIX, RunSpec, SpecError, secrets
+from ppo_engine.spec import RunSpec, Tracker, secrets
 from service.queue import ring
 from service.storage import Storage
 from service.store import artifacts, transitions
@@ -32,7 +34,7 @@ from worker.process import Process, Program, running
 from worker.relay import Pace, Relay
 from worker.settings import WorkerSettings
 from worker.upload import Uploads
-from worker.verdict import Verdict, invalid, judge, log_tail, stopped
+from worker.verdict import Verdict, invalid, judge, log_tail, starts_again, stopped
 
 log = logging.getLogger(__name__)
 
@@ -160,9 +162,14 @@ class Attempt:
         if ready is None:
             assert self._relay.wish is not None, "only a wish keeps a run from being prepared"
             return stopped(self._relay.wish)
-        async with running(self._program(ready.spec)) as process:
-            status = await self._follow(process)
-        return judge(self._run_dir.read_result(), status, self._relay.wish)
+        while True:
+            async with running(self._program(ready.spec)) as process:
+                status = await self._follow(process)
+            result = self._run_dir.read_result()
+            if not starts_again(result, self._relay.wish):
+                return judge(result, status, self._relay.wish)
+            log.warning("%s: the engine ran out of memory, and is started with less", self._fence.job_id)
+            self._run_dir.result.unlink()  # one that cannot even start must not seem to have ended so again
 
     async def _prepare(self) -> Ready | None:
         """None: the run is to stop before it has begun."""
@@ -223,17 +230,26 @@ class Attempt:
                 self._run_dir.path,
                 self._fence.attempt,
             ),
-            environment=self._environment(self._worker.gpus[: spec.resources.gpus], secrets(spec)),
+            environment=self._environment(
+                self._worker.gpus[: spec.resources.gpus], secrets(spec), spec.report_to
+            ),
             directory=self._run_dir.path,
             output=self._run_dir.log,
             lease=self._run_dir.control,
             grace_seconds=settings.kill_grace_seconds,
         )
 
-    def _environment(self, gpus: tuple[str, ...] = (), secrets: Collection[str] = ()) -> dict[str, str]:
+    def _environment(
+        self,
+        gpus: tuple[str, ...] = (),
+        secrets: Collection[str] = (),
+        trackers: tuple[Tracker, ...] = (),
+    ) -> dict[str, str]:
         settings = self._worker.settings
         more = [*settings.engine_environment, *(SECRET_PREFIX + name for name in secrets)]
-        return launch.environment(os.environ, more, gpus, settings.allow_hub_models)
+        environment = launch.environment(os.environ, more, gpus, settings.allow_hub_models, trackers)
+        allowed = {HTTP_ALLOW_PRIVATE: "1"} if settings.http_allow_private else {}
+        return environment | allowed
 
     async def _follow(self, process: Process) -> int:
         """Until the engine has ended: by itself, politely asked, or firmly."""

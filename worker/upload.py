@@ -10,10 +10,12 @@ import asyncio
 import hashlib
 import tarfile
 import time
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+from ppo_engine.retention import kept, number
 from ppo_engine.run_dir import Acks, Manifest, ManifestFile, RunDir, damage, read_manifest
 from service.storage import Storage
 from service.store import artifacts
@@ -21,7 +23,6 @@ from service.store.session import Store
 from service.store.transitions import Fence
 from worker.outage import Patience, persist
 
-KEPT_CHECKPOINTS = 2
 LOG_SECONDS = 15.0
 LOG_BYTES = 8 * 1024 * 1024
 ARCHIVE = "export.tar"
@@ -118,9 +119,15 @@ class Uploads:
             await artifacts.record(
                 session, self._fence, "checkpoint", update, manifest.files, prefix, manifest.metrics
             )
-            old = await artifacts.forget_older(session, self._fence, "checkpoint", KEPT_CHECKPOINTS)
+            old = await artifacts.forget_others(session, self._fence, "checkpoint", self._kept)
         self._safe.add(update)
         self._forgotten += [artifact.key_prefix for artifact in old]
+
+    def _kept(self, metrics: Mapping[int, Mapping[str, Any]]) -> set[int]:
+        """As the engine keeps them on its disk."""
+        ppo = self._run_dir.read_spec().ppo
+        values = {update: number(told, ppo.metric_for_best_model) for update, told in metrics.items()}
+        return kept(values, ppo.save_total_limit, greater_is_better=ppo.best_is_greatest)
 
     async def _acknowledge(self) -> None:
         """Let the engine know what is safe; it waits for that."""

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from ppo_engine.issues import Issue
 from ppo_engine.run_dir import Result
-from ppo_engine.spec import Issue
 
 LOG_LINES = 40
 LOG_BYTES = 8_000
@@ -60,6 +60,14 @@ def judge(result: Result | None, status: int, wish: Wish | None) -> Verdict:
     if result is not None:
         return Verdict("queued", code=result.reason, message=result.message, spend_attempt=True)
     return Verdict("failed", code="crash", message=_describe(status))
+
+
+def starts_again(result: Result | None, wish: Wish | None) -> bool:
+    """Whether the engine is started once more where it is: memory ended, and it left word to take less.
+
+    It does so only while it can take less, so it is not started for ever.
+    """
+    return wish is None and result is not None and (result.outcome, result.reason) == ("stopped", "oom")
 
 
 def stopped(wish: Wish) -> Verdict:

@@ -6,7 +6,6 @@ tokenizer, the policy's ids are scored as they are. Knows no spec and no process
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,8 +13,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from ppo_engine.batch import cut, response_mask
+from ppo_engine.issues import shown
 from ppo_engine.rewards.contract import RewardBatch, RewardError
-from ppo_engine.spec import shown
 
 _MAX_TOKENS = 2**14  # padded tokens of one forward
 
@@ -29,7 +28,9 @@ class ModelReward:
 
     Raises:
         RewardError: the model has several labels; neither it nor the tokenizer has a padding token; there is
-            no chat template. When called: a text is longer than the model's context.
+            no chat template.
+
+    A row that is longer than the model's context has no score.
     """
 
     def __init__(
@@ -40,7 +41,7 @@ class ModelReward:
         self.shares_ids, self.chat_template = shares_ids, chat_template
         config: Any = model.config
         self.pad_token_id = _pad_token_id(tokenizer, config)
-        self.context_length: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+        self.context_length = _context_length(model, config)
         if config.num_labels != 1:
             raise RewardError(
                 f"a model with {config.num_labels} labels given; a reward is one number: "
@@ -81,12 +82,12 @@ class ModelReward:
         return cls(model.to(device), tokenizer, chat_template=chat_template)
 
     @torch.no_grad()
-    def __call__(self, batch: RewardBatch) -> list[float]:
+    def __call__(self, batch: RewardBatch) -> list[float | RewardError]:
         ids = self._ids(batch)
-        lengths = [len(row) for row in ids]
-        self._check_lengths(lengths, batch)
-        scores = [0.0] * len(batch)
-        for rows in cut(lengths, _MAX_TOKENS):
+        fitting = [row for row, given in enumerate(ids) if self._fits(len(given))]
+        scores: list[float | RewardError] = [self._too_long(len(row)) for row in ids]
+        for places in cut([len(ids[row]) for row in fitting], _MAX_TOKENS):
+            rows = [fitting[place] for place in places]
             for row, score in zip(rows, self._score([ids[row] for row in rows]).tolist(), strict=True):
                 scores[row] = score
         return scores
@@ -112,14 +113,15 @@ class ModelReward:
         text: str = self.tokenizer.apply_chat_template(messages, tokenize=False)
         return text
 
-    def _check_lengths(self, lengths: Sequence[int], batch: RewardBatch) -> None:
-        for index, length in enumerate(lengths):
-            if self.context_length is not None and length > self.context_length:
-                raise RewardError(
-                    f"row {index} (prompt {shown(batch.prompts[index])}) has {length} tokens with its "
-                    f"response; the reward model has {self.context_length} positions: use shorter prompts or "
-                    "a smaller response_length."
-                )
+    def _fits(self, length: int) -> bool:
+        return self.context_length is None or length <= self.context_length
+
+    def _too_long(self, length: int) -> RewardError:
+        return RewardError(
+            f"the row has {length} tokens with its response; the reward model has {self.context_length} "
+            "positions: use shorter prompts or a smaller response_length.",
+            lasting=True,
+        )
 
     def _score(self, ids: list[list[int]]) -> Tensor:
         """Scores [B], fp32, of rows padded on the right."""
@@ -145,6 +147,17 @@ class ModelReward:
 
 def _padded(ids: list[list[int]], width: int, pad_token_id: int, device: torch.device) -> Tensor:
     return torch.tensor([row + [pad_token_id] * (width - len(row)) for row in ids], device=device)
+
+
+def _context_length(model: Any, config: Any) -> int | None:
+    """The most tokens of a row; None: no limit is known."""
+    positions: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    for module in model.modules():
+        table = getattr(module, "position_embeddings", None)
+        # RoBERTa and its kin count positions from after the padding's.
+        if positions and isinstance(table, nn.Embedding) and table.padding_idx is not None:
+            return positions - table.padding_idx - 1
+    return positions
 
 
 def _pad_token_id(tokenizer: Any, config: Any) -> int:

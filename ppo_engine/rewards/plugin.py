@@ -8,13 +8,14 @@ The factory is called once per process of a run, with the options of the spec. K
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from importlib.metadata import entry_points
 from typing import Any
 
+from ppo_engine.issues import shown
+from ppo_engine.reward_kinds import secret_name
 from ppo_engine.rewards.contract import Reward, RewardError
-from ppo_engine.spec import SECRET_PREFIX, secret_name, shown
+from ppo_engine.rewards.secrets import reveal
 
 GROUP = "proxima.rewards"
 
@@ -54,12 +55,4 @@ def load(plugin: str, options: Mapping[str, Any]) -> Reward:
 
 def _revealed(option: Any) -> Any:
     name = secret_name(option)
-    if name is None:
-        return option
-    value = os.environ.get(SECRET_PREFIX + name)
-    if value is None:
-        raise RewardError(
-            f"The secret {shown(name)} is named, which this machine has not; its operator sets "
-            f"{SECRET_PREFIX}{name} for the worker."
-        )
-    return value
+    return option if name is None else reveal(name)

@@ -1,27 +1,56 @@
 """All rewards of a run as one: each is asked, its answer checked, and the weighted sum taken.
 
-A wrong answer of a reward (a missing row, None, NaN) stops the run with the reward's and the row's name;
-it never becomes a 0. This module does not know what kinds of rewards there are.
+A row without a score (the reward raised, or gave None, NaN, or too few numbers) is asked for again as often
+as its reward allows. What then is left gets the reward's fallback, or stops the run with the reward's and the
+row's name; it never becomes a 0 by itself. This module does not know what kinds of rewards there are.
 """
 
 from __future__ import annotations
 
 import math
+import random
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeAlias
 
-from ppo_engine.rewards.contract import Reward, RewardBatch, RewardError
-from ppo_engine.spec import shown
+import torch
+
+from ppo_engine.issues import shown
+from ppo_engine.rewards.contract import Reward, RewardBatch, RewardError, RewardValues
+
+Value: TypeAlias = float | list[float]
+"""Of a row: a number, or one per response token."""
+
+FIRST_PAUSE = 0.5
+LONGEST_PAUSE = 8.0
+LONGEST_WISH = 60.0
+"""Seconds before a row is asked for again; the last: where a server said when."""
 
 
 @dataclass(frozen=True)
 class NamedReward:
-    """A reward with the name of its metric and its weight in the sum."""
+    """A reward with the name of its metric and its weight in the sum.
+
+    retries: how often rows without a score are asked for again. fallback: the score, before its weight, of a
+    row that has none after that; None: the run stops.
+    """
 
     name: str
     reward: Reward
     weight: float = 1.0
+    retries: int = 0
+    fallback: float | None = None
+
+
+class ByAdapter:
+    """Stands for the reward of an adapter on the policy's base, which the trainer reads by itself.
+
+    All processes take part in that together; a `Scorer` asks each reward in one process, and passes over it.
+    """
+
+    def __call__(self, batch: RewardBatch, /) -> RewardValues:
+        raise AssertionError("a Scorer passes over it")
 
 
 @dataclass(frozen=True)
@@ -31,11 +60,26 @@ class Scores:
     scores: the weighted sum of the rewards that give a number per row, [B].
     dense: the weighted sum of those that give one per response token, ragged [B][R]; None: none does.
     by_name: what each reward gave a row (a dense one: its sum over the row), without weights.
+    retried: how many rows were asked for again, of each reward that has retries.
+    failed: how many rows have the fallback, of each reward that has one.
     """
 
     scores: list[float]
     dense: list[list[float]] | None
     by_name: dict[str, list[float]]
+    retried: dict[str, int] = field(default_factory=dict)
+    failed: dict[str, int] = field(default_factory=dict)
+
+    def including(self, named: NamedReward, values: Sequence[float]) -> Scores:
+        """With one reward more, which gave each row a number. Raises RewardError where one is not finite."""
+        wrong = [row for row, value in enumerate(values) if not math.isfinite(value)]
+        if wrong:
+            raise RewardError(
+                f"Reward {shown(named.name)} gave {values[wrong[0]]} for row {wrong[0]}; a score must be a "
+                "finite number."
+            )
+        scores = [score + named.weight * value for score, value in zip(self.scores, values, strict=True)]
+        return replace(self, scores=scores, by_name={**self.by_name, named.name: list(values)})
 
     @property
     def totals(self) -> list[float]:
@@ -45,91 +89,170 @@ class Scores:
         return [score + sum(row) for score, row in zip(self.scores, self.dense, strict=True)]
 
 
+@dataclass(frozen=True)
+class Answer:
+    """Of one reward to one batch: a value per row; how many were asked for again, or have the fallback."""
+
+    values: list[Value]
+    retried: int = 0
+    failed: int = 0
+
+
 class Scorer:
     """The rewards of a run. Called with a batch, it returns the `Scores`.
 
+    wait: called with the seconds to pass before rows are asked for again.
+
     Raises:
-        RewardError: a reward failed, or gave anything but one finite number per row or per response token.
+        RewardError: a row is left without a score: one finite number, or one per response token.
     """
 
-    def __init__(self, rewards: Sequence[NamedReward]) -> None:
+    def __init__(self, rewards: Sequence[NamedReward], wait: Callable[[float], None] = time.sleep) -> None:
         names = [named.name for named in rewards]
         assert rewards, "a run has at least one reward"
         assert len(set(names)) == len(names), "each reward has its own name"
-        self.rewards = list(rewards)
+        self.rewards, self._wait = list(rewards), wait
 
     def __call__(self, batch: RewardBatch) -> Scores:
         scores = [0.0] * len(batch)
-        dense: list[list[float]] | None = None
-        by_name: dict[str, list[float]] = {}
-        for named in self.rewards:
-            values = ask(named, batch) if len(batch) else []
-            rows = [sum(value) if isinstance(value, list) else value for value in values]
-            by_name[named.name] = rows
-            if values and isinstance(values[0], list):
-                dense = _add_dense(
-                    dense or [[0.0] * len(ids) for ids in batch.response_ids], values, named.weight
-                )
-            else:
-                scores = [score + named.weight * row for score, row in zip(scores, rows, strict=True)]
-        return Scores(scores, dense, by_name)
+        dense = [[0.0] * len(ids) for ids in batch.response_ids]
+        asked = [named for named in self.rewards if not isinstance(named.reward, ByAdapter)]
+        answers = {named.name: self._answer(named, batch) for named in asked}
+        for named in asked:
+            for row, value in enumerate(answers[named.name].values):
+                if isinstance(value, list):
+                    dense[row] = [
+                        total + named.weight * one for total, one in zip(dense[row], value, strict=True)
+                    ]
+                else:
+                    scores[row] += named.weight * value
+        is_dense = any(isinstance(value, list) for answer in answers.values() for value in answer.values)
+        return Scores(
+            scores,
+            dense if is_dense else None,
+            {name: [_sum(value) for value in answer.values] for name, answer in answers.items()},
+            {named.name: answers[named.name].retried for named in asked if named.retries},
+            {named.name: answers[named.name].failed for named in asked if named.fallback is not None},
+        )
+
+    def _answer(self, named: NamedReward, batch: RewardBatch) -> Answer:
+        if not len(batch):
+            return Answer([])
+        found = _asked(named.reward, batch)
+        retried = 0
+        for attempt in range(named.retries):
+            again = [row for row, value in enumerate(found) if _is_worth_asking(value)]
+            if not again:
+                break
+            retried = retried or len(again)  # later rounds ask for some of the same rows
+            self._wait(_pause(attempt, [found[row] for row in again]))
+            for row, value in zip(again, _asked(named.reward, batch.take(again)), strict=True):
+                found[row] = value
+        values = [named.fallback if isinstance(value, RewardError) else value for value in found]
+        failed = sum(isinstance(value, RewardError) for value in found)
+        if failed and named.fallback is None:
+            raise _refusal(named, batch, found)
+        return Answer([value for value in values if value is not None], retried, failed)
 
 
-def _add_dense(dense: list[list[float]], values: Sequence[Any], weight: float) -> list[list[float]]:
-    return [
-        [total + weight * value for total, value in zip(row, row_values, strict=True)]
-        for row, row_values in zip(dense, values, strict=True)
-    ]
+def _sum(value: Value) -> float:
+    return sum(value) if isinstance(value, list) else value
 
 
-def ask(named: NamedReward, batch: RewardBatch) -> list[float] | list[list[float]]:
-    """A reward's answer as plain floats, after every check."""
+def _is_worth_asking(value: Value | RewardError) -> bool:
+    return isinstance(value, RewardError) and not value.lasting
+
+
+def _pause(attempt: int, values: Sequence[Value | RewardError]) -> float:
+    """Seconds before asking again: twice as long each time, with jitter, or later, where a server said so."""
+    wish = max(value.retry_after for value in values if isinstance(value, RewardError))
+    longest = min(FIRST_PAUSE * 2**attempt, LONGEST_PAUSE)
+    # An own source: the global one is the training's.
+    return max(random.SystemRandom().uniform(longest / 2, longest), min(wish, LONGEST_WISH))
+
+
+def _refusal(named: NamedReward, batch: RewardBatch, found: Sequence[Value | RewardError]) -> RewardError:
+    """Why the run stops: the first row without a score, and how many more there are."""
+    failed = [(row, value) for row, value in enumerate(found) if isinstance(value, RewardError)]
+    row, first = failed[0]
+    where = f" for row {row} (prompt {shown(batch.prompts[row])})"
+    if len(failed) > 1:
+        is_one = all(value is first for _, value in failed)
+        where = "" if is_one and len(failed) == len(batch) else f"{where} and {len(failed) - 1} more"
+    tried = f" (asked {named.retries + 1} times)" if named.retries and not first.lasting else ""
+    error = RewardError(f"Reward {shown(named.name)}{where} {first}{tried}")
+    error.__cause__ = first.__cause__
+    return error
+
+
+# Asking once -----------------------------------------------------------------------------------------------
+
+
+def _asked(reward: Reward, batch: RewardBatch) -> list[Value | RewardError]:
+    """A value for each row, as plain floats, or why there is none."""
     try:
-        answer = named.reward(batch)
-    except RewardError as error:
-        raise RewardError(f"Reward {shown(named.name)}: {error}") from error
-    except Exception as error:  # a reward is anybody's code; whatever it raises ends the run with its name
-        raise RewardError(f"Reward {shown(named.name)} failed: {type(error).__name__}: {error}") from error
-    return _Answer(named.name, batch).checked(answer)
+        return _Checked(batch).values(reward(batch))
+    except (MemoryError, torch.OutOfMemoryError):
+        raise  # asking again would not help, and the run is told apart from one whose reward is wrong
+    except (
+        Exception
+    ) as error:  # a reward is anybody's code; whatever it raises fails the rows it was asked for
+        return [_failure(error)] * len(batch)
 
 
-class _Answer:
-    """Checks one answer; knows whose it is, for the messages."""
+def _failure(error: Exception) -> RewardError:
+    if isinstance(error, _Fault):
+        return error
+    if isinstance(error, RewardError):
+        failure = RewardError(f"failed: {error}", lasting=error.lasting, retry_after=error.retry_after)
+        failure.__cause__ = error.__cause__
+    else:
+        failure = RewardError(f"failed: {type(error).__name__}: {error}")
+        failure.__cause__ = error
+    return failure
 
-    def __init__(self, name: str, batch: RewardBatch) -> None:
-        self.name, self.batch = name, batch
 
-    def checked(self, answer: object) -> list[float] | list[list[float]]:
+class _Fault(RewardError):
+    """An answer that is none; the message goes on after the reward's name."""
+
+
+class _Checked:
+    """Checks one answer."""
+
+    def __init__(self, batch: RewardBatch) -> None:
+        self.batch = batch
+
+    def values(self, answer: object) -> list[Value | RewardError]:
         rows = _as_list(answer)
         if rows is None:
-            raise self._error(f"gave a {type(answer).__name__}; give a list with one entry per row.")
+            raise _Fault(f"gave a {type(answer).__name__}; give a list with one entry per row.")
         if len(rows) != len(self.batch):
-            raise self._error(f"gave {len(rows)} entries for {len(self.batch)} rows; give one per row.")
-        if _as_list(rows[0]) is not None:
-            return [self._dense(index, row) for index, row in enumerate(rows)]
-        return [self._number(index, row) for index, row in enumerate(rows)]
+            raise _Fault(f"gave {len(rows)} entries for {len(self.batch)} rows; give one per row.")
+        is_dense = any(_as_list(row) is not None for row in rows)
+        return [self._row(index, row, is_dense) for index, row in enumerate(rows)]
+
+    def _row(self, index: int, row: object, is_dense: bool) -> Value | RewardError:
+        if isinstance(row, RewardError):
+            return _failure(row)
+        try:
+            return self._dense(index, row) if is_dense else _number(row)
+        except _Fault as fault:
+            return fault
 
     def _dense(self, index: int, row: object) -> list[float]:
         values, length = _as_list(row), len(self.batch.response_ids[index])
         if values is None:
-            raise self._error(f"gave {_given(row)}, but lists for rows before; give one kind.", index)
+            raise _Fault(f"gave {_given(row)}, but lists for other rows; give one kind.")
         if len(values) != length:
-            raise self._error(
-                f"gave {len(values)} numbers for {length} response tokens; give one each.", index
-            )
-        return [self._number(index, value) for value in values]
+            raise _Fault(f"gave {len(values)} numbers for {length} response tokens; give one each.")
+        return [_number(value) for value in values]
 
-    def _number(self, index: int, value: object) -> float:
-        if _as_list(value) is not None:
-            raise self._error("gave a list, but numbers for rows before; give one kind.", index)
-        number = _as_number(value)
-        if number is None or not math.isfinite(number):
-            raise self._error(f"gave {_given(value)}; a score must be a finite number.", index)
-        return number
 
-    def _error(self, what: str, index: int | None = None) -> RewardError:
-        row = "" if index is None else f" for row {index} (prompt {shown(self.batch.prompts[index])})"
-        return RewardError(f"Reward {shown(self.name)}{row} {what}")
+def _number(value: object) -> float:
+    number = _as_number(value)
+    if number is None or not math.isfinite(number):
+        raise _Fault(f"gave {_given(value)}; a score must be a finite number.")
+    return number
 
 
 def _as_list(value: object) -> list[Any] | None:
@@ -142,7 +265,10 @@ def _as_list(value: object) -> list[Any] | None:
 def _as_number(value: object) -> float | None:
     to_item: Callable[[], object] | None = getattr(value, "item", None)
     plain = to_item() if to_item is not None else value
-    return float(plain) if isinstance(plain, int | float) else None
+    try:
+        return float(plain) if isinstance(plain, int | float) else None
+    except OverflowError:  # an integer that no float holds
+        return math.inf
 
 
 def _given(value: object) -> str:

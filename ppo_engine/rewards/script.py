@@ -15,18 +15,24 @@ from torch import nn
 
 from ppo_engine.rewards.contract import Reward
 from ppo_engine.rewards.model import ModelReward
-from ppo_engine.rewards.scorer import NamedReward, Scorer
+from ppo_engine.rewards.scorer import ByAdapter, NamedReward, Scorer
 
 ScriptReward: TypeAlias = nn.Module | Reward | NamedReward
 
 
 def scorer_of(
-    rewards: ScriptReward | Sequence[ScriptReward] | Scorer, tokenizer: Any, device: torch.device | str
+    rewards: ScriptReward | Sequence[ScriptReward] | Scorer | None,
+    tokenizer: Any,
+    device: torch.device | str,
+    *,
+    by_adapter: bool = False,
 ) -> Scorer:
     """Of a model, a function, or several.
 
     A module is a sequence-classification model that shares the policy's tokenizer; it is moved to `device`.
     A `NamedReward` has a name and a weight; others weigh 1 and have a function's own name, made unique.
+    by_adapter: the policy has a reward adapter. It weighs 1 and is called "adapter", unless a `NamedReward`
+    of a `ByAdapter` says otherwise; then `rewards` may be None.
 
     Raises:
         TypeError: one of them is neither. ValueError: there are none, or two of the same given name.
@@ -35,9 +41,15 @@ def scorer_of(
     if isinstance(rewards, Scorer):
         return rewards
     several = list(rewards) if isinstance(rewards, Sequence) else [rewards]
+    if rewards is None and by_adapter:
+        several = []
+    if by_adapter and not any(map(_is_by_adapter, several)):
+        several.append(NamedReward(_unique("adapter", _names(several)), ByAdapter()))
+    elif not by_adapter and any(map(_is_by_adapter, several)):
+        raise ValueError("reward_model has a ByAdapter; name the adapter in reward_adapter_name.")
     if not several:
         raise ValueError("reward_model is an empty list; give at least one reward.")
-    taken = [reward.name for reward in several if isinstance(reward, NamedReward)]
+    taken = _names(several)
     if len(set(taken)) != len(taken):
         raise ValueError(f"reward_model has rewards of the names {taken}; each needs a name of its own.")
     named: list[NamedReward] = []
@@ -50,7 +62,16 @@ def scorer_of(
     return Scorer(named)
 
 
-def _callable(reward: nn.Module | Reward, tokenizer: Any, device: torch.device | str) -> Reward:
+def _is_by_adapter(reward: object) -> bool:
+    return isinstance(reward, NamedReward) and isinstance(reward.reward, ByAdapter)
+
+
+def _names(rewards: Sequence[object]) -> list[str]:
+    """Those that are given."""
+    return [reward.name for reward in rewards if isinstance(reward, NamedReward)]
+
+
+def _callable(reward: nn.Module | Reward | None, tokenizer: Any, device: torch.device | str) -> Reward:
     if isinstance(reward, nn.Module):
         return ModelReward(reward.to(device), tokenizer, shares_ids=True)
     if not callable(reward):

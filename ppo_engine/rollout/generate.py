@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import DynamicCache
 
+from ppo_engine.rollout.cache import growing_cache
 from ppo_engine.rollout.sampling import sample
 
 _SHRINK_AT = 0.75  # rows leave the cache, which copies it, once no more than this share still runs
@@ -79,7 +79,7 @@ class _Batch:
         self.model, self.stop_token_id = model, stop_token_id
         self.uniforms_BR = torch.from_numpy(uniforms_BR).to(device)
         self.inputs_BT, self.mask_BT = _left_padded(prompts, device)
-        self.cache = DynamicCache(config=model.config)
+        self.cache = growing_cache(model.config)
         self.rows = torch.arange(len(prompts), device=device)
         self.running_B = torch.ones(len(prompts), dtype=torch.bool, device=device)
         self.tokens_BR = torch.zeros(uniforms_BR.shape, dtype=torch.long, device=device)

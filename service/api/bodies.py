@@ -12,7 +12,7 @@ from fastapi import Request, Response
 from fastapi.routing import APIRoute
 from starlette.datastructures import UploadFile
 
-from ppo_engine.spec import Issue, shown
+from ppo_engine.issues import Issue, shown
 from service import strict_json
 from service.planning import invalid
 

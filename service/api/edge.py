@@ -16,7 +16,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ppo_engine.spec import Issue
+from ppo_engine.issues import Issue
 from service.api.problems import ProblemResponse, problem, refused
 from service.errors import Unavailable
 

@@ -11,7 +11,7 @@ from fastapi.sse import format_sse_event
 from pydantic import Field
 from starlette.responses import PlainTextResponse
 
-from ppo_engine.spec import Issue, shown
+from ppo_engine.issues import Issue, shown
 from service.api.context import MOST, JobId, Project, Query, Shared
 from service.api.negotiation import chosen
 from service.api.openapi import refusals

@@ -85,7 +85,15 @@ CHECKPOINT: dict[str, Any] = {
 METRICS_ROW: dict[str, Any] = {"update": 12, "metrics": _METRICS}
 SAMPLES_ROW: dict[str, Any] = {
     "update": 12,
-    "samples": [{"prompt": "Can you help me?", "response": "Of course, please go on.", "score": 1.0}],
+    "samples": [
+        {
+            "kind": "eval/greedy",
+            "prompt": "Can you help me?",
+            "response": "Of course, please go on.",
+            "score": 1.0,
+            "rewards": {"polite": 1.0},
+        }
+    ],
 }
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field
 
-from ppo_engine.spec import Issue
+from ppo_engine.issues import Issue
 from service.api import examples
 from service.api.problems import MEDIA_TYPE
 

@@ -20,7 +20,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import compile_path
 from starlette.types import Scope
 
-from ppo_engine.spec import Issue, Loc, SpecError, shortened, shown, told
+from ppo_engine.issues import Issue, Loc, SpecError, shortened, shown, told
 from service.errors import ServiceError
 from service.strict_json import BadJson
 

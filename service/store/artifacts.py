@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from pydantic import JsonValue
@@ -134,14 +134,24 @@ async def forget(session: AsyncSession, fence: Fence, artifacts: Sequence[Artifa
     await session.execute(delete(Artifact).where(Artifact.job_id == job.id, Artifact.id.in_(ids)))
 
 
-async def forget_older(session: AsyncSession, fence: Fence, kind: ArtifactKind, keep: int) -> list[Artifact]:
-    """Forget a job's artifacts of a kind but the `keep` furthest. The bytes of those returned are the
-    caller's to delete, after the commit.
+async def forget_others(
+    session: AsyncSession,
+    fence: Fence,
+    kind: ArtifactKind,
+    kept: Callable[[Mapping[int, Mapping[str, Any]]], Collection[int]],
+) -> list[Artifact]:
+    """Forget a job's artifacts of a kind but those that are kept; of an update only the newest attempt's is.
+
+    kept: of the metrics by update, the updates that stay. The bytes of those returned are the caller's to
+    delete, after the commit.
 
     Raises:
         FenceLost: the attempt is over; nothing was forgotten.
     """
     job = await lock(session, fence)
-    old = list(await session.scalars(_of(job.project_id, job.id, kind).offset(keep)))
-    await forget(session, fence, old)
-    return old
+    rows = list(await session.scalars(_of(job.project_id, job.id, kind)))
+    newest = {row.update: row for row in reversed(rows)}
+    staying = kept({update: row.metrics for update, row in newest.items()})
+    others = [row for row in rows if row.update not in staying or row is not newest[row.update]]
+    await forget(session, fence, others)
+    return others

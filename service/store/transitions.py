@@ -28,7 +28,7 @@ from sqlalchemy import ColumnElement, Select, case, func, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from ppo_engine.events import Event
-from ppo_engine.spec import Issue
+from ppo_engine.issues import Issue
 from service.errors import WrongState
 from service.store import artifacts, events
 from service.store.events import Draft

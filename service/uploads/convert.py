@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import BinaryIO, Literal
 
-from ppo_engine.spec import Issue, shown
+from ppo_engine.issues import Issue, shown
 from service.uploads.lines import (
     MAX_COLUMNS,
     MAX_LINE_BYTES,

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-from ppo_engine.spec import Issue, shown
+from ppo_engine.issues import Issue, shown
 from service import strict_json
 from service.strict_json import BadJson, not_utf8
 from service.uploads.rows import PROMPT_COLUMNS

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ppo_engine.spec import shown
+from ppo_engine.issues import shown
 from service.uploads.lines import MAX_COLUMNS, MAX_LINE_BYTES, Numbered, Unreadable, bad_file, unreadable
 from service.uploads.rows import PROMPT_COLUMNS
 

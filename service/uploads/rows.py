@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from ppo_engine.spec import Issue, Loc, shown
+from ppo_engine.issues import Issue, Loc, shown
 
 PROMPT_COLUMNS = ("prompt", "messages", "input_ids")
 ROLES = ("system", "developer", "user", "assistant", "tool")

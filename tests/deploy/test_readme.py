@@ -30,7 +30,7 @@ def walkthrough() -> str:
 def walked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
     """The directory the walk-through was run in, the model it trained, and what it printed."""
     home = tmp_path_factory.mktemp("walkthrough")
-    workload.make(workload.SIZES[0], home / "models" / "tiny")
+    workload.make(workload.SMALL, home / "models" / "tiny")
     model = home / "models" / "tiny" / "policy"
     with (
         service.api(home / "data", home / "models") as (url, key, environment),

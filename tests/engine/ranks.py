@@ -16,24 +16,30 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 from accelerate import Accelerator
+from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
+from transformers import TrainerCallback
 
-from ppo_engine import PPOTrainer
+from ppo_engine import PPOTrainer, load_reward_adapter
 from ppo_engine.__main__ import main as engine
 from ppo_engine.actor_critic import causal_lm
+from ppo_engine.adapters import parameters_of
 from ppo_engine.draws import Purpose
 from ppo_engine.learn import NotFinite
 from ppo_engine.parallel import Parallel
 from ppo_engine.rewards import NamedReward, RewardBatch, Scorer
 from ppo_engine.run_dir import Acks, Control, RunDir
 from tests.engine import tiny
+from tests.engine.scarcity import scarce, told_of_memory
 from tests.engine.training import GOOD, PROMPTS, likes_seven, make_run, trainer
 
 RANK = int(os.environ.get("RANK", "0"))
@@ -56,9 +62,9 @@ def make(directory: Path, changes: dict[str, Any] | None = None, **given: Any) -
     return trainer(directory, changes={**here, **(changes or {})}, **given)
 
 
-def said(made: PPOTrainer) -> dict[str, list[float]]:
+def said(made: PPOTrainer, names: tuple[str, ...] = SAID) -> dict[str, list[float]]:
     history = [entry for entry in made.state.log_history if "objective/kl" in entry]
-    return {name: [entry[name] for entry in history] for name in SAID}
+    return {name: [entry[name] for entry in history] for name in names}
 
 
 def weights(made: PPOTrainer) -> dict[str, torch.Tensor]:
@@ -73,9 +79,33 @@ def exported(made: PPOTrainer, directory: Path) -> dict[str, Any]:
     """The tensors of an export by name: their shapes, and the sum of their entries' absolute values."""
     made.save_model(str(directory))
     made.parallel.barrier()
-    file = next(directory.glob("*model.safetensors"))
-    tensors = load_file(file)
+    return sizes(directory)
+
+
+def sizes(directory: Path) -> dict[str, Any]:
+    tensors = load_file(next(directory.glob("*model.safetensors")))
     return {name: [list(weight.shape), float(weight.abs().sum())] for name, weight in tensors.items()}
+
+
+def told(made: PPOTrainer) -> dict[str, Any]:
+    """What the modules were told: the adapters that compute, what is trained, and modes."""
+    return {
+        "adapters": [
+            (name, module._active_adapter, module._disable_adapters)
+            for name, module in made.model.named_modules()
+            if isinstance(module, BaseTunerLayer)
+        ],
+        "trained": [(name, weight.requires_grad) for name, weight in made.model.named_parameters()],
+        "modes": [(name, module.training) for name, module in made.model.named_modules()],
+    }
+
+
+def spoil(made: PPOTrainer) -> None:
+    """Change all that can be told, and fail."""
+    made.model.policy.set_adapter("judge")
+    made.model.policy.train()
+    made.model.policy.requires_grad_(True)
+    raise OSError("planted")
 
 
 def dense(batch: RewardBatch) -> list[list[float]]:
@@ -96,14 +126,16 @@ def full(directory: Path) -> dict[str, Any]:
     made = make(directory, {"whiten_rewards": True}, lora=False, reward_model=[looks, likes_seven])
     made.train()
     seen.clear()
+    shown: list[dict[str, Any]] = []
+    made.log_samples = lambda samples, update: shown.extend(samples)  # type: ignore[method-assign]
     evaluated = made.evaluate(PROMPTS[:5])
     one_row = made.evaluate(PROMPTS[:1])
     return {
         "said": said(made),
         "evaluated": [evaluated, one_row],
+        "shown": shown,
         "seen": list(seen),
         "export": exported(made, directory / "out"),
-        "wrapper": type(made.model_wrapped).__name__,
     }
 
 
@@ -128,6 +160,89 @@ def resume(directory: Path, **given: Any) -> dict[str, Any]:
         "moved": not same(weights(resumed), fresh),
         "updates": resumed.state.global_step,
     }
+
+
+def is_critic(name: str) -> bool:
+    return name.startswith(("value_head.", "value_model."))
+
+
+class Moves(TrainerCallback):
+    """After each update: how far any weight of the policy (False) has moved in it, and any of the critic."""
+
+    def __init__(self) -> None:
+        self.made: PPOTrainer | None = None
+        self.steps: list[dict[bool, float]] = []
+
+    def on_train_begin(self, *given: Any, **named: Any) -> None:
+        assert self.made is not None
+        self.before = weights(self.made)
+
+    def on_step_end(self, *given: Any, **named: Any) -> None:
+        assert self.made is not None
+        now = weights(self.made)
+        moved = {name: float((now[name] - weight).abs().max()) for name, weight in self.before.items()}
+        self.steps.append(
+            {
+                role: max(move for name, move in moved.items() if is_critic(name) == role)
+                for role in (True, False)
+            }
+        )
+        self.before = now
+
+
+def warmup(directory: Path, stage: int = 0, **given: Any) -> dict[str, Any]:
+    """Three updates of the critic alone, then one of both; an optimizer step in each."""
+    changes = {"critic_warmup": 3, "num_ppo_epochs": 1, "num_mini_batches": 1, "total_episodes": 64}
+    moves = Moves()
+    given = {"callbacks": [moves], "changes": {**changes, "lr_scheduler_type": "constant"}, **given}
+    moves.made = made = sharded(directory, stage, **given) if stage else make(directory, **given)
+    made.train()
+    history = [entry for entry in made.state.log_history if "lr" in entry]
+    return {
+        "policy moved": [step[False] > 0 for step in moves.steps],
+        "critic moved": [step[True] > 0 for step in moves.steps],
+        "first step": moves.steps[-1][False] / made.args.learning_rate,
+        "lr": [entry["lr"] for entry in history],
+        "lr/critic": [entry["lr/critic"] for entry in history],
+    }
+
+
+CHOICES: dict[str, dict[str, Any]] = {
+    "gae": {
+        **{"kl_placement": "loss", "kl_estimator": "k2"},
+        **{"adaptive_kl_target": 0.1, "adaptive_kl_horizon": 32.0, "early_stop_kl": 1e-3},
+        **{"normalize_scores": True, "score_clip": 2.0, "loss_aggregation": "sequence_mean"},
+        **{"cliprange_high": 0.3, "dual_clip": 3.0, "entropy_coef": 0.01, "critic_learning_rate": 1e-3},
+    },
+    "rloo": {"advantage_estimator": "rloo", "num_return_sequences": 4, "loss_aggregation": "sequence_mean"},
+    "grpo": {"advantage_estimator": "grpo", "num_return_sequences": 8, "kl_estimator": "k3"},
+    "reinforce++": {"advantage_estimator": "reinforce++", "gamma": 0.9, "whiten_rewards": True},
+}
+"""Choices of the algorithm, whose runs are alike in any number of processes."""
+TOLD = tuple(name for name in SAID if name != "loss/value_avg")
+
+
+def chosen(directory: Path, stage: int = 0) -> dict[str, Any]:
+    """What is said of a run with each of the choices."""
+    runs = {}
+    for name, changes in CHOICES.items():
+        place = directory / name.strip("+")
+        made = sharded(place, stage, changes) if stage else make(place, changes)
+        made.train()
+        runs[name] = said(made, (*TOLD, "objective/kl_coef", "objective/rlhf_reward", "policy/entropy_avg"))
+    return runs
+
+
+def out_of_memory(directory: Path) -> dict[str, Any]:
+    """Memory ends on the last process alone, in each kind of work, where more than two rows are computed."""
+    made = make(directory)
+    heard = told_of_memory(made)
+    with ExitStack() as stack:
+        if RANK == PROCESSES - 1:
+            for where in ("rollout", "scoring", "backward"):
+                stack.enter_context(scarce(made, 2, where=where))
+        made.train()
+    return {"said": said(made), "export": exported(made, directory / "out"), "heard": heard}
 
 
 def diverged(made: PPOTrainer) -> str:
@@ -243,11 +358,22 @@ def slow_uploads(directory: Path) -> dict[str, Any]:
 # DeepSpeed ---------------------------------------------------------------------------------------------
 
 
-def sharded(directory: Path, stage: int, changes: dict[str, Any] | None = None, **given: Any) -> PPOTrainer:
-    """A trainer under ZeRO in which no weight is too small to be sharded; of one process, a plain one."""
+def sharded(
+    directory: Path,
+    stage: int,
+    changes: dict[str, Any] | None = None,
+    *,
+    offload: str = "none",
+    **given: Any,
+) -> PPOTrainer:
+    """A trainer under ZeRO in which no weight is too small to be sharded; of one process, a plain one.
+
+    offload: the device that the optimizer's states are moved to.
+    """
     if PROCESSES == 1:
         return make(directory, changes, **given)
     os.environ["ACCELERATE_DEEPSPEED_ZERO_STAGE"] = str(stage)
+    os.environ["ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE"] = offload
     prepare = Accelerator.prepare
 
     def none_is_small(accelerator: Accelerator, *modules: Any) -> Any:
@@ -349,10 +475,57 @@ def nothing_to_load(directory: Path) -> list[str]:
     return errors
 
 
+# Four roles on one base --------------------------------------------------------------------------------
+
+
+def roles(directory: Path, stage: int = 0) -> dict[str, Any]:
+    """Policy, value, reward, and reference by adapters: trained, switched though that fails, exported."""
+    judge = tiny.save_judge(directory / f"judge-{RANK}")
+    model = load_reward_adapter(tiny.policy(), judge, "judge")
+    model.add_adapter("sft", LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj"]))
+    torch.manual_seed(7)
+    for weight in parameters_of(model, "sft").values():
+        torch.nn.init.normal_(weight, std=0.1)
+    names = {"reward_adapter_name": "judge", "ref_adapter_name": "sft", "value_adapter": True}
+    changes = {**names, "gradient_checkpointing": True}
+    made = (sharded if stage else make)(
+        directory,
+        **({"stage": stage} if stage else {}),
+        changes=changes,
+        model=model,
+        reward_model=None,
+    )
+    start, before = weights(made), told(made)
+    switched = []
+    for name in ("sft", None):
+        made.args.ref_adapter_name = name
+        with suppress(OSError), made.null_ref_context():
+            switched.append(told(made) != before)
+            spoil(made)
+        switched.append(told(made) == before)
+    made.args.ref_adapter_name = "sft"
+    made.train()
+    moved = weights(made)
+    made.save_merged_model(str(directory / "merged"))
+    made.parallel.barrier()
+    return {
+        "said": said(made, (*SAID, "reward/adapter")),
+        "switched": switched,
+        "moved": sorted({"~value" in name for name in moved if not torch.equal(moved[name], start[name])}),
+        "untouched": same(moved, weights(made)),
+        "export": exported(made, directory / "out"),
+        "merged": sizes(directory / "merged"),
+    }
+
+
 SCENARIOS: dict[str, Callable[[Path], Any]] = {
     "full": full,
     "lora": lora,
     "resume": resume,
+    "warmup": warmup,
+    "warmup_full": lambda directory: warmup(directory, lora=False),
+    "chosen": chosen,
+    "out_of_memory": out_of_memory,
     "diverged": lambda directory: diverged(make(directory)),
     "reward_fails": reward_fails,
     "stopped_twice": stopped_twice,
@@ -361,7 +534,13 @@ SCENARIOS: dict[str, Callable[[Path], Any]] = {
     "zero_1": lambda directory: trained(directory, 1, lora=False),
     "zero_2": lambda directory: trained(directory, 2),
     "zero_3": lambda directory: trained(directory, 3, lora=False),
+    "zero_1_offload": lambda directory: trained(directory, 1, offload="cpu"),
+    "zero_2_offload": lambda directory: trained(directory, 2, offload="cpu", lora=False),
+    "zero_3_offload": lambda directory: resume(directory, stage=3, offload="cpu"),
     "zero_2_bf16": lambda directory: trained(directory, 2, {"bf16": True}),
+    "zero_2_warmup": lambda directory: warmup(directory, 2),
+    "zero_3_warmup": lambda directory: warmup(directory, 3, lora=False),
+    "zero_2_chosen": lambda directory: chosen(directory, 2),
     "zero_2_resume": lambda directory: resume(directory, stage=2),
     "zero_3_resume": lambda directory: resume(directory, stage=3, lora=False),
     "gathered": lambda directory: uneven(directory, gathers=True),
@@ -375,6 +554,8 @@ SCENARIOS: dict[str, Callable[[Path], Any]] = {
     "zero_2_spoiled_bf16": lambda directory: spoiled(directory, 2, {"bf16": True}),
     "zero_3_spoiled_bf16": lambda directory: spoiled(directory, 3, {"bf16": True}),
     "nothing_to_load": nothing_to_load,
+    "roles": roles,
+    **{f"zero_{stage}_roles": partial(roles, stage=stage) for stage in (1, 2, 3)},
 }
 
 

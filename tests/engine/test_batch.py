@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import pairwise, product
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +14,7 @@ from torch import Tensor
 
 from ppo_engine.actor_critic import response_slots
 from ppo_engine.batch import (
+    FORWARD_TOKENS,
     Experience,
     Rollout,
     collate,
@@ -79,6 +83,7 @@ def experience() -> Experience:
         advantages_BR=names_BR + 0.4,
         returns_BR=names_BR + 0.5,
         mask_BR=mask_BR,
+        weights_BR=names_BR + 0.6,
     )
 
 
@@ -96,26 +101,34 @@ def test_tokens_come_in_the_order_of_the_forward() -> None:
     assert written_ids(rows).tolist() == [4, PAD, 1, 2, 3]
     expected = torch.tensor([20.0, 21, 0, 1, 2])
     torch.testing.assert_close(tokens.logprobs_N, expected)
+    torch.testing.assert_close(tokens.ref_logprobs_N, expected + 0.1)
     torch.testing.assert_close(tokens.values_N, expected + 0.2)
     torch.testing.assert_close(tokens.advantages_N, expected + 0.4)
     torch.testing.assert_close(tokens.returns_N, expected + 0.5)
+    torch.testing.assert_close(tokens.weights_N, expected + 0.6)
     assert tokens.mask_N.all()
 
 
-def test_tokens_that_the_policy_did_not_write_stay_in_place() -> None:
+def test_tokens_that_the_policy_did_not_write_are_left_out() -> None:
     whole = experience()
     whole.mask_BR[0, 1] = False
-    assert whole.tokens([2, 0]).mask_N.tolist() == [True, True, True, False, True]
-    assert whole.tokens([2, 0]).logprobs_N.tolist() == [20, 21, 0, 1, 2]
+    tokens = whole.tokens([2, 0])
+    assert tokens.mask_N.tolist() == [True, True, True, False, True]
+    assert tokens.logprobs_N.tolist() == [20, 21, 0, 2]
+    torch.testing.assert_close(tokens.weights_N, torch.tensor([20.6, 21.6, 0.6, 2.6]))
 
 
-def test_a_process_without_rows_runs_one_token_of_weight_zero() -> None:
-    batch, tokens = collate(PROMPTS, RESPONSES, [], PAD), experience().tokens([])
+def test_without_a_critic_tokens_have_no_values() -> None:
+    tokens = replace(experience(), values_BR=None, returns_BR=None).tokens([2, 0])
+    assert tokens.values_N is tokens.returns_N is None
+
+
+def test_a_process_without_rows_runs_a_forward_of_one_token() -> None:
+    batch = collate(PROMPTS, RESPONSES, [], PAD)
     assert batch.rows == []
     assert batch.input_ids_BT.shape == batch.attention_mask_BT.shape == (1, 2)
     slots_BT = response_slots(batch.prompt_lengths_B, batch.response_lengths_B, 2)
-    assert int(slots_BT.sum()) == len(tokens.logprobs_N) == 1
-    assert not tokens.mask_N.any()
+    assert int(slots_BT.sum()) == 1
 
 
 def test_rollout_knows_its_lengths() -> None:
@@ -132,9 +145,19 @@ def test_rollout_knows_its_lengths() -> None:
     assert rollout.total_lengths == experience().total_lengths == [5, 3, 5]
 
 
-def test_rollout_refuses_ragged_fields() -> None:
+@pytest.mark.parametrize(
+    ("response_ids", "written"),
+    [
+        ([[1], [2]], None),
+        ([[1, 2]], [[True]]),
+        ([[1, 2]], [[True, False], [True]]),
+    ],
+)
+def test_rollout_refuses_ragged_fields(
+    response_ids: list[list[int]], written: list[list[bool]] | None
+) -> None:
     with pytest.raises(AssertionError):
-        Rollout([0], ["a"], [[1]], ["x"], [[1], [2]], [True], [{}])
+        Rollout([0], ["a"], [[1]], ["x"], response_ids, [True], [{}], written)
 
 
 # Micro-batches -------------------------------------------------------------------------------------------
@@ -154,11 +177,30 @@ def test_cut_takes_every_row_once_and_keeps_the_budget(lengths: list[int], max_t
         assert len(part) == 1 or len(part) * max(lengths[row] for row in part) <= max_tokens
 
 
-@given(Lengths, st.integers(1, 200))
-def test_cut_never_leaves_room_for_the_next_row(lengths: list[int], max_tokens: int) -> None:
-    parts = cut(lengths, max_tokens)
-    for part in parts[:-1]:
-        assert (len(part) + 1) * lengths[part[0]] > max_tokens
+def test_cut_splits_where_padding_costs_more_than_a_forward() -> None:
+    # Together: 5 x 400 = 2000. Apart: 2 x 400 + 3 x 10 + a second forward.
+    assert cut([400, 10, 400, 10, 10], max_tokens=4000) == [[0, 2], [1, 3, 4]]
+    # Together: 3 x 40 = 120. Apart: 40 + 2 x 30 = 100, and a second forward.
+    assert cut([40, 30, 30], max_tokens=4000) == [[0, 1, 2]]
+
+
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=7), st.integers(1, 1500))
+def test_cut_costs_least_of_all_ways_to_cut(lengths: list[int], max_tokens: int) -> None:
+    """Against every way to cut the rows, longest first, that keeps the budget."""
+
+    def cost(parts: list[list[int]]) -> int:
+        return sum(len(part) * max(part) + FORWARD_TOKENS for part in parts)
+
+    ordered = sorted(lengths, reverse=True)
+    ways = []
+    for walls in product([False, True], repeat=len(ordered) - 1):
+        edges = [0, *(index + 1 for index, is_wall in enumerate(walls) if is_wall), len(ordered)]
+        parts = [ordered[start:end] for start, end in pairwise(edges)]
+        if all(len(part) == 1 or len(part) * part[0] <= max_tokens for part in parts):
+            ways.append(cost(parts))
+
+    own = [[lengths[row] for row in part] for part in cut(lengths, max_tokens)]
+    assert cost(own) == min(ways)
 
 
 @given(Lengths, st.integers(1, 200), st.randoms(use_true_random=False))

@@ -12,7 +12,8 @@ from transformers import TrainingArguments
 
 from ppo_engine import PPOConfig, PPOTrainer
 from ppo_engine.config import FOR_SCRIPTS, HONOURED, refused_arguments
-from ppo_engine.spec import SpecError
+from ppo_engine.hyperparameters import Hyperparameters
+from ppo_engine.issues import SpecError
 from tests.engine.training import config
 
 REQUIRED = inspect.Parameter.empty
@@ -68,14 +69,38 @@ TRL_DEFAULTS = {
     "lam": 0.95,
     "ds3_gather_for_generation": True,
 }
+OWN_DEFAULTS = {  # each leaves the algorithm as TRL has it
+    "normalize_scores": False,
+    "score_scale": 1.0,
+    "score_clip": None,
+    "kl_placement": "reward",
+    "adaptive_kl_target": None,
+    "adaptive_kl_horizon": None,
+    "early_stop_kl": None,
+    "advantage_estimator": "gae",
+    "num_return_sequences": 1,
+    "whiten_advantages": None,
+    "cliprange_high": None,
+    "dual_clip": None,
+    "loss_aggregation": "token_mean",
+    "entropy_coef": 0.0,
+    "critic_warmup": 0,
+    "critic_learning_rate": None,
+    "reward_adapter_name": None,
+    "value_adapter": False,
+    "overlong_prompts": "refuse",
+    "max_prompt_length": None,
+}
+NO_HYPERPARAMETERS = {"value_adapter", "overlong_prompts", "max_prompt_length"}  # in a spec: method, prompts
 FROZEN_HONOURED = """
     activation_checkpointing activation_checkpointing_kwargs adam_beta1 adam_beta2 adam_epsilon bf16
-    ddp_backend ddp_broadcast_buffers ddp_bucket_cap_mb ddp_timeout deepspeed disable_tqdm
+    ddp_backend ddp_timeout deepspeed disable_tqdm
     eval_on_start eval_steps eval_strategy full_determinism gradient_accumulation_steps gradient_checkpointing
-    gradient_checkpointing_kwargs hub_model_id hub_private_repo hub_revision hub_strategy hub_token
-    learning_rate log_level log_level_replica log_on_each_node logging_first_step logging_steps
-    logging_strategy lr_scheduler_kwargs lr_scheduler_type max_grad_norm num_train_epochs optim optim_args
-    output_dir per_device_train_batch_size project push_to_hub report_to
+    gradient_checkpointing_kwargs greater_is_better hub_model_id hub_private_repo hub_revision hub_strategy
+    hub_token learning_rate log_level log_level_replica log_on_each_node logging_first_step logging_steps
+    logging_strategy lr_scheduler_kwargs lr_scheduler_type max_grad_norm metric_for_best_model
+    num_train_epochs optim optim_args output_dir per_device_eval_batch_size per_device_train_batch_size
+    project push_to_hub report_to
     restore_callback_states_from_checkpoint run_name save_steps save_strategy save_total_limit seed tf32
     trackio_bucket_id trackio_space_id trackio_static_space_id use_cpu warmup_steps weight_decay
 """
@@ -92,7 +117,7 @@ def test_names_and_defaults_are_trls() -> None:
 
     assert {name: own[name] for name in TRL_DEFAULTS} == TRL_DEFAULTS
     inherited = {field.name: field.default for field in dataclasses.fields(TrainingArguments)}
-    others = own.keys() - TRL_DEFAULTS.keys()
+    others = own.keys() - TRL_DEFAULTS.keys() - OWN_DEFAULTS.keys()
     assert others <= inherited.keys()
     changed = {
         name
@@ -100,6 +125,15 @@ def test_names_and_defaults_are_trls() -> None:
         if own[name] != inherited[name]
     }
     assert changed == set()
+
+
+def test_what_trl_lacks_is_frozen_and_stands_in_a_spec_alike() -> None:
+    own = {field.name: field.default for field in dataclasses.fields(PPOConfig)}
+    known = {field.name for field in dataclasses.fields(TrainingArguments)} | TRL_DEFAULTS.keys()
+
+    assert {name: value for name, value in own.items() if name not in known} == OWN_DEFAULTS
+    for name in OWN_DEFAULTS.keys() - NO_HYPERPARAMETERS:
+        assert Hyperparameters.model_fields[name].default == OWN_DEFAULTS[name], name
 
 
 def test_the_honoured_arguments_are_frozen() -> None:
@@ -123,10 +157,7 @@ def test_every_inherited_argument_is_honoured_or_refused(tmp_path: Path, name: s
     ("changes", "words"),
     [
         ({"max_steps": 3}, "max_steps: 3 given; PPOTrainer does not honour this argument"),
-        (
-            {"per_device_eval_batch_size": 3},
-            "per_device_eval_batch_size: 3 given; PPOTrainer does not honour",
-        ),
+        ({"eval_accumulation_steps": 3}, "eval_accumulation_steps: 3 given; PPOTrainer does not honour"),
         ({"skip_memory_metrics": False}, "skip_memory_metrics: false given; PPOTrainer does not honour"),
         ({"eval_strategy": "epoch"}, 'eval_strategy: "epoch" given; PPOTrainer honours no, steps'),
         ({"save_strategy": "epoch"}, 'save_strategy: "epoch" given; PPOTrainer honours no, steps'),
@@ -141,6 +172,22 @@ def test_every_inherited_argument_is_honoured_or_refused(tmp_path: Path, name: s
     ],
 )
 def test_what_is_not_honoured_is_refused_with_field_value_and_rule(
+    tmp_path: Path, changes: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(SpecError) as caught:
+        config(tmp_path, **changes)
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"overlong_prompts": "cut"}, "overlong_prompts: \"cut\" given. Input should be 'refuse', 'drop'"),
+        ({"max_prompt_length": 0}, "max_prompt_length: 0 given. Input should be greater than or equal to 1"),
+        ({"max_prompt_length": "8"}, 'max_prompt_length: "8" given. Input should be a valid integer'),
+    ],
+)
+def test_how_long_prompts_may_be_is_held_to_the_rules_of_a_spec(
     tmp_path: Path, changes: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(SpecError) as caught:

@@ -10,17 +10,19 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ppo_engine.__main__ import main
 from ppo_engine.actor_critic import ActorCritic
+from ppo_engine.adapters import parameters_of
 from ppo_engine.load import load, read_facts
 from ppo_engine.plan import Plan, plan
 from ppo_engine.rewards import ModelReward, build
-from ppo_engine.roles import build_policy, frozen_copy
+from ppo_engine.roles import add_value_adapter, build_policy, frozen_copy
 from ppo_engine.run_dir import Result, RunDir
-from ppo_engine.spec import RunSpec, parse
+from ppo_engine.spec import RunSpec, ValueAdapter, parse
+from ppo_engine.spec import critic as critic_of
 from tests.engine import tiny
 from tests.engine.test_spec import raw
 from tests.engine.training import PROMPTS, make_run
@@ -50,6 +52,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny.save(tiny.policy(hidden_size=32), tiny.tokenizer(), root / "wide")
     tiny.save(tiny.reward_model(), tiny.tokenizer(), root / "critic")
     save_adapter(root / "sft")
+    tiny.save_judge(root / "taste")
     return root
 
 
@@ -64,8 +67,15 @@ def planned(spec: RunSpec) -> Plan:
 def built(spec: RunSpec) -> ActorCritic:
     """The trained module as the trainer makes it."""
     loaded = load(spec)
-    policy = build_policy(loaded.policy, None, spec.ppo.model_adapter_name)
-    return ActorCritic(policy, loaded.value_model, value_head=True)
+    name = spec.ppo.model_adapter_name or "default"
+    policy = build_policy(loaded.policy, None, name)
+    has_own = isinstance(critic_of(spec), ValueAdapter)
+    return ActorCritic(
+        policy,
+        loaded.value_model,
+        value_head=True,
+        value_adapter=add_value_adapter(policy, name) if has_own else None,
+    )
 
 
 def trained(module: nn.Module) -> int:
@@ -125,6 +135,33 @@ def test_an_adapter_that_is_trained_further_counts_as_it_is(models: Path) -> Non
         assert numbers.parameters_trained == trained(module)
         assert numbers.memory is not None
         assert numbers.memory["policy"] == size(module.policy)
+
+
+@pytest.mark.parametrize("start", ["new", "sft"])
+def test_adapters_on_one_base_count_by_their_roles(models: Path, start: str) -> None:
+    method = {"type": "lora", "r": 2, "lora_alpha": 6, "target_modules": ["q_proj", "up_proj"]}
+    method = {**method, "value": {"type": "adapter"}, "adapters": {"taste": "taste", "sft": "sft"}}
+    ppo = {"reward_adapter_name": "taste"} | ({"ref_adapter_name": "sft"} if start == "sft" else {})
+    rewards = [{"type": "adapter", "name": "taste"}]
+    spec = spec_of(models, method=placed(method, models), ppo=ppo, rewards=rewards, resources=HALF)
+    numbers, module = planned(spec), built(spec)
+
+    assert numbers.parameters_trained == trained(module)
+    memory = numbers.memory
+    assert memory is not None
+    of_judge = sum(weight.nbytes for weight in parameters_of(module, "taste").values())
+    of_critic = sum(weight.nbytes for weight in module.critic_parameters())
+    assert (memory["reward"], memory["value"], memory["reference"]) == (of_judge, of_critic, 0)
+    assert memory["policy"] + memory["reward"] + memory["value"] == size(module)
+
+
+def test_a_snapshot_of_the_hub_is_known_by_its_name_and_commit(models: Path, tmp_path: Path) -> None:
+    place = tmp_path / "models--proxima--tiny" / "snapshots" / "c0ffee"
+    tiny.save(tiny.policy(), tiny.tokenizer(), place)
+    policy = load(parse(raw(model=local(place), ppo={"response_length": 8}))).policy
+    assert isinstance(policy, PeftModel)
+    base = policy.get_base_model()
+    assert (base.name_or_path, base.config._commit_hash) == ("proxima/tiny", "c0ffee")
 
 
 def test_a_reward_model_counts_as_it_is_loaded(models: Path) -> None:
@@ -206,6 +243,12 @@ def judge(change: Callable[[Path], object]) -> Callable[[Path], dict[str, Any]]:
     return spec
 
 
+def unpad(model: Path) -> None:
+    for name, field in (("config.json", "pad_token_id"), ("tokenizer_config.json", "pad_token")):
+        config = json.loads((model / name).read_text())
+        (model / name).write_text(json.dumps({**config, field: None}))
+
+
 def adapter(
     change: Callable[[Path], object] = lambda path: None,
     ppo: dict[str, Any] | None = None,
@@ -221,6 +264,40 @@ def adapter(
     return spec
 
 
+def taste(
+    change: Callable[[Path], object] = lambda path: None, role: str | None = "reward", **policy: Any
+) -> Callable[[Path], dict[str, Any]]:
+    """A reward adapter; with changes to the policy, trained on another; named in a role, or in none."""
+
+    def spec(directory: Path) -> dict[str, Any]:
+        path = tiny.save_judge(directory / "taste", **policy)
+        change(path)
+        named = {"method": {"type": "lora", "adapters": {"taste": local(path)}}}
+        if role == "reward":
+            ppo = {"reward_adapter_name": "taste"}
+            return {**named, "rewards": [{"type": "adapter", "name": "taste"}], "ppo_changes": ppo}
+        return {**named, "ppo_changes": {} if role is None else {role: "taste"}}
+
+    return spec
+
+
+def behead(path: Path) -> None:
+    keep(path, lambda name: "score" not in name)
+
+
+def keep(path: Path, is_kept: Callable[[str], bool]) -> None:
+    weights = load_file(path / "adapter_model.safetensors")
+    kept = {name: weight for name, weight in weights.items() if is_kept(name)}
+    save_file(kept, path / "adapter_model.safetensors")
+
+
+def two_labels(path: Path) -> None:
+    weights = load_file(path / "adapter_model.safetensors")
+    head = weights["base_model.model.score.weight"]
+    weights["base_model.model.score.weight"] = head.repeat(2, 1)
+    save_file(weights, path / "adapter_model.safetensors")
+
+
 def pickle(path: Path) -> None:
     weights = load_file(path / "adapter_model.safetensors")
     (path / "adapter_model.safetensors").unlink()
@@ -229,14 +306,12 @@ def pickle(path: Path) -> None:
 
 def shallow(path: Path) -> None:
     """Weights of the first layer only."""
-    from safetensors.torch import save_file  # noqa: PLC0415
-
-    weights = load_file(path / "adapter_model.safetensors")
-    save_file({n: w for n, w in weights.items() if ".layers.0." in n}, path / "adapter_model.safetensors")
+    keep(path, lambda name: ".layers.0." in name)
 
 
 SFT = {"r": 2, "lora_alpha": 6, "target_modules": ["q_proj", "up_proj"]}
 SOURCE = ("method", "value", "source")
+TASTE = ("method", "adapters", "taste")
 
 
 @pytest.mark.parametrize(
@@ -253,6 +328,14 @@ SOURCE = ("method", "value", "source")
         (judge(cut_off), ("rewards", 0, "source"), "model.safetensors is cut off"),
         (judge(garble), ("rewards", 0, "source"), "cannot be loaded"),
         (adapter(pickle, **SFT), ("method", "adapters", "sft"), "no adapter_model.safetensors"),
+        (taste(behead), TASTE, "without a score head given, and reward_adapter_name names it"),
+        (taste(two_labels), TASTE, "2 labels given"),
+        (taste(hidden_size=32), TASTE, 'for another base (its config names "tiny-policy")'),
+        (taste(num_hidden_layers=3), TASTE, "the model has no such module: it was trained for another base"),
+        (taste(shallow), TASTE, "without a score head given"),
+        (taste(lambda path: keep(path, lambda name: ".layers.1." not in name)), TASTE, "not made for it"),
+        (taste(role=None), TASTE, "which makes it a reward"),
+        (judge(unpad), ("rewards", 0, "source"), "without a padding token given; set pad_token"),
         (adapter(shallow, **SFT), ("method", "adapters", "sft"), "not made for it"),
         (
             adapter(**{**SFT, "r": 16}),

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ppo_engine.losses import entropy, policy_loss, value_loss
+from ppo_engine.batch import response_mask
+from ppo_engine.losses import entropy, policy_loss, token_weights, value_loss
 
 
 def tensor(*values: float) -> Tensor:
@@ -41,6 +42,40 @@ def test_policy_loss_by_hand(case: tuple[float, ...]) -> None:
     (gradient,) = torch.autograd.grad(found.loss.sum(), logprobs)
     # d(-A rho)/d logprob = -A rho, unless the clipped term is a constant.
     torch.testing.assert_close(gradient, tensor(0.0 if clipped else -advantage * new / old))
+
+
+# (ratio, advantage), clips 0.2 and 0.3, dual clip 3
+DUAL_CASES = {
+    "good, far up": (5.0, 1.0, -1.3, 1.0),  # as without
+    "bad, up": (2.0, -1.0, 2.0, 0.0),  # within the bound
+    "bad, far up": (5.0, -1.0, 3.0, 1.0),  # 5 counts as 3
+    "bad, far up, twice as bad": (5.0, -2.0, 6.0, 1.0),
+    "bad, down": (0.5, -1.0, 0.8, 1.0),  # the lower clip
+    "indifferent": (5.0, 0.0, 0.0, 0.0),
+}
+
+
+@pytest.mark.parametrize("case", DUAL_CASES.values(), ids=DUAL_CASES)
+def test_dual_clip_by_hand(case: tuple[float, ...]) -> None:
+    ratio, advantage, expected, clipped = case
+    logprobs = tensor(ratio).log().requires_grad_()
+    found = policy_loss(logprobs, tensor(0), tensor(advantage), 0.2, 0.3, dual_clip=3.0)
+    torch.testing.assert_close(found.loss.detach(), tensor(expected))
+    torch.testing.assert_close(found.clipped, tensor(clipped))
+    (gradient,) = torch.autograd.grad(found.loss.sum(), logprobs)
+    torch.testing.assert_close(gradient, tensor(0.0 if clipped else -advantage * ratio))
+
+
+@given(st.floats(-3, 3), st.floats(-5, 5), st.floats(0.05, 0.9), st.floats(0.05, 0.9), st.floats(1.1, 9))
+def test_a_dual_clip_bounds_the_loss_of_bad_tokens_alone(
+    log_ratio: float, advantage: float, low: float, high: float, dual: float
+) -> None:
+    asked = (tensor(log_ratio), tensor(0), tensor(advantage), low, high)
+    free, bounded = policy_loss(*asked).loss, policy_loss(*asked, dual_clip=dual).loss
+    if advantage < 0:
+        assert float(bounded) == pytest.approx(min(float(free), -dual * advantage))
+    else:
+        assert torch.equal(free, bounded)
 
 
 def test_statistics_carry_no_gradient() -> None:
@@ -107,3 +142,47 @@ def test_the_order_of_tokens_changes_no_gradient(case: tuple[Tensor, list[int]])
 def test_entropy() -> None:
     logprobs = torch.tensor([[0.25] * 4, [0.5, 0.5, 0, 0], [1, 0, 0, 0]], dtype=torch.float64).log()
     torch.testing.assert_close(entropy(logprobs), tensor(math.log(4), math.log(2), 0))
+
+
+@given(st.integers(0, 2**31), st.integers(1, 4), st.integers(2, 9), st.integers(0, 3))
+def test_the_gradient_of_entropy_is_exact_and_finite_where_a_token_is_impossible(
+    seed: int, rows: int, vocabulary: int, impossible: int
+) -> None:
+    """Against -sum of p log p in double, of the possible tokens alone."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(rows, vocabulary, generator=generator, dtype=torch.float64) * 3
+    possible = torch.arange(vocabulary) >= min(impossible, vocabulary - 1)
+    asked = torch.where(possible, logits, -math.inf).float().requires_grad_()
+    entropy(asked.log_softmax(-1)).sum().backward()
+    plain = logits.float().double().requires_grad_()
+    logprobs = plain[:, possible].log_softmax(-1)
+    (-(logprobs.exp() * logprobs)).sum().backward()
+
+    assert asked.grad is not None
+    assert plain.grad is not None
+    torch.testing.assert_close(asked.grad.double(), plain.grad, rtol=1e-4, atol=1e-6)
+
+
+# Aggregation ---------------------------------------------------------------------------------------------
+
+
+def test_token_weights_by_hand() -> None:
+    mask = torch.tensor([[1, 1, 1, 1], [0, 1, 0, 1], [0, 0, 0, 0]]).bool()
+    assert torch.equal(token_weights(mask, "token_mean"), mask.float())
+    expected = [[0.25] * 4, [0, 0.5, 0, 0.5], [0] * 4]
+    torch.testing.assert_close(token_weights(mask, "sequence_mean"), torch.tensor(expected))
+
+
+@given(st.lists(st.integers(0, 7), min_size=1, max_size=6).filter(any), st.integers(0, 3))
+def test_weighted_sums_are_the_means_they_are_called(lengths: list[int], more: int) -> None:
+    """Of the tokens, and of the rows' means; padding and rows without tokens change neither."""
+    mask = response_mask(lengths, max(lengths) + more)
+    losses = torch.randn(mask.shape, generator=torch.Generator().manual_seed(sum(lengths)))
+    rows = [losses[row, :length] for row, length in enumerate(lengths) if length]
+    means = {
+        "token_mean": torch.cat(rows).mean(),
+        "sequence_mean": torch.stack([row.mean() for row in rows]).mean(),
+    }
+    for aggregation, mean in means.items():
+        weights = token_weights(mask, aggregation)  # type: ignore[arg-type]
+        torch.testing.assert_close((losses * weights).sum() / weights.sum(), mean, rtol=1e-5, atol=1e-6)

@@ -19,8 +19,10 @@ from ppo_engine.facts import (
     read_adapter_facts,
     read_model_facts,
 )
+from ppo_engine.hyperparameters import Hyperparameters
+from ppo_engine.issues import SpecError
 from ppo_engine.plan import batch_sizes, check, plan
-from ppo_engine.spec import Hyperparameters, SpecError, parse
+from ppo_engine.spec import parse
 from tests.engine import tiny
 from tests.engine.test_spec import raw
 
@@ -87,6 +89,14 @@ def test_episodes_follow_from_epochs_and_prompts() -> None:
         plan(spec, Facts())
 
 
+def test_a_pass_asks_for_several_responses_to_each_prompt() -> None:
+    ppo = {"num_train_epochs": 2.5, "advantage_estimator": "rloo", "num_return_sequences": 4}
+    derived = plan(parse(raw(ppo=ppo)), Facts(prompts=40))
+
+    assert derived.total_episodes == 2.5 * 40 * 4
+    assert derived.num_total_batches == 50  # of 8 rows, which are 2 prompts
+
+
 MODEL = ModelFacts(
     model_type="llama",
     architectures=("LlamaForCausalLM",),
@@ -105,6 +115,31 @@ MODEL = ModelFacts(
     [
         ({"ppo": {"total_episodes": 7}}, {}, "ppo.total_episodes", ["7", "8 rows"]),
         ({"ppo": {"num_mini_batches": 3}}, {}, "ppo.num_mini_batches", ["3", "8 rows", "divisor"]),
+        ({"ppo": {"num_return_sequences": 3}}, {}, "ppo.num_return_sequences", ["3", "8 rows", "divisor"]),
+        (
+            {"ppo": {"adaptive_kl_target": 6.0, "adaptive_kl_horizon": 7.0}},
+            {},
+            "ppo.adaptive_kl_horizon",
+            ["7 given", "8 rows", "give at least 8"],
+        ),
+        (
+            {
+                "ppo": {
+                    "adaptive_kl_target": 6.0,
+                    "gradient_accumulation_steps": 2000,
+                    "total_episodes": 16_000,
+                }
+            },
+            {},
+            "ppo.adaptive_kl_horizon",
+            ["Not given, which means 10000", "16000 rows"],
+        ),
+        (
+            {"ppo": {"critic_warmup": 2, "total_episodes": 16}},
+            {},
+            "ppo.critic_warmup",
+            ["2 given", "2 updates", "never learn", "fewer"],
+        ),
         (
             {"ppo": {"whiten_rewards": True, "per_device_train_batch_size": 4}},
             {},
@@ -176,6 +211,20 @@ def test_trained_parameters_and_memory_by_hand() -> None:
     assert full.memory["optimizer"] == 8 * (1000 + critic)
 
 
+@pytest.mark.parametrize("method", [{"type": "full"}, {"type": "lora", "r": 4}])
+def test_without_a_critic_nothing_is_trained_for_one(method: dict[str, Any]) -> None:
+    spec = raw(method=method, ppo={"total_episodes": 16})
+    group = {**spec["ppo"], "advantage_estimator": "rloo", "num_return_sequences": 2}
+    with_critic = plan(parse(spec), Facts(model=MODEL))
+    without = plan(parse({**spec, "ppo": group}), Facts(model=MODEL))
+
+    # All weights; or of each of two modules r x (inputs + outputs).
+    assert without.parameters_trained == (1000 if method["type"] == "full" else 4 * (20 + 40))
+    assert without.parameters_trained < (with_critic.parameters_trained or 0)
+    assert without.memory is not None
+    assert without.memory["value"] == 0
+
+
 def test_half_precision_is_for_the_frozen_base_alone() -> None:
     half = {"resources": {"precision": "bf16"}}
     reward = {"type": "model", "name": "rm", "source": {"type": "local", "path": "rm"}}
@@ -188,6 +237,24 @@ def test_half_precision_is_for_the_frozen_base_alone() -> None:
     assert lora.memory["policy"] == 2 * 1000 + 4 * (2 * (10 + 10) + 2 * (30 + 10))
     assert lora.memory["reward"] == full.memory["reward"] == 4 * 70
     assert (full.memory["policy"], full.memory["reference"]) == (4 * 1000, 4 * 1000)
+
+
+def test_what_is_offloaded_is_not_counted_as_the_gpus() -> None:
+    facts = Facts(model=MODEL, prompts=100)
+    kept = plan(parse(raw(resources={"gpus": 2, "zero_stage": 2})), facts).memory
+    moved = plan(parse(raw(resources={"gpus": 2, "zero_stage": 2, "offload": "optimizer"})), facts).memory
+
+    assert kept is not None
+    assert moved is not None
+    assert "optimizer" not in moved
+    assert moved["optimizer_off_gpu"] == kept["optimizer"]
+
+
+def test_offload_without_sharding_is_refused() -> None:
+    with pytest.raises(SpecError) as caught:
+        parse(raw(resources={"offload": "optimizer"}))
+    assert [issue.loc for issue in caught.value.issues] == [("resources", "offload")]
+    assert 'zero_stage 1, 2, or 3, or "none"' in caught.value.issues[0].msg
 
 
 CRITIC = ModelFacts(
@@ -341,3 +408,45 @@ def test_a_tokenizer_whose_class_has_tokens_of_its_own_is_not_judged(tmp_path: P
     tokenizer = read_model_facts(tmp_path).tokenizer
     assert tokenizer is not None
     assert tokenizer.eos_token is None
+
+
+# Adapters and their base -------------------------------------------------------------------------------
+
+
+def other_base(model: dict[str, str], base: str) -> list[str]:
+    """The messages about an adapter whose config names a base, with a model given."""
+    method = {"type": "lora", "adapters": {"sft": {"type": "local", "path": "sft"}}}
+    adapter = AdapterFacts(base_model=base)
+    facts = Facts(model=MODEL, adapters={"sft": adapter}, prompts=1000)
+    return [issue.msg for issue in check(parse(raw(model=model, method=method)), facts)]
+
+
+SNAPSHOT = "/cache/models--meta--Llama-3/snapshots/abc"
+
+
+@pytest.mark.parametrize(
+    ("model", "base", "is_refused"),
+    [
+        ({"type": "hub", "repo": "meta/Llama-3"}, "meta/Llama-3-Instruct", True),
+        ({"type": "hub", "repo": "meta/Llama-3"}, "mirror/llama-3", False),
+        ({"type": "hub", "repo": "meta/Llama-3"}, "/home/me/llama", False),
+        ({"type": "local", "path": SNAPSHOT}, "meta/Llama-2", True),
+        ({"type": "local", "path": SNAPSHOT}, "meta/Llama-3", False),
+        ({"type": "local", "path": "/models/mine"}, "meta/Llama-2", False),
+    ],
+)
+def test_an_adapter_that_names_another_base_is_refused(
+    model: dict[str, str], base: str, is_refused: bool
+) -> None:
+    told = other_base(model, base)
+    assert [f'names the base "{base}"' in message for message in told] == [True] * is_refused
+
+
+def test_an_adapter_may_name_a_base_that_a_local_model_is_not_called() -> None:
+    method = {"type": "lora", "adapters": {"sft": {"type": "local", "path": "sft"}}}
+    spec = parse(raw(model={"type": "local", "path": "/models/mine"}, method=method))
+    for base, warned in (("meta/Llama-2", True), ("/home/me/mine", False)):
+        facts = Facts(model=MODEL, adapters={"sft": AdapterFacts(base_model=base)}, prompts=1000)
+        told = [warning for warning in plan(spec, facts).warnings if "names the base" in warning]
+        assert len(told) == warned
+        assert not any("/home" in warning for warning in told)

@@ -24,15 +24,23 @@ PLAIN = (
     "full",
     "lora",
     "resume",
+    "warmup",
+    "warmup_full",
+    "chosen",
+    "out_of_memory",
     "diverged",
     "reward_fails",
     "stopped_twice",
     "slow_uploads",
+    "roles",
     "spec_for_one_process",  # its processes do not find each other; no scenario can follow
 )
 SHARDED = (
     *("gathered", "rollout_fails", "in_step", "diverged_in_step"),
     *("zero_1", "zero_2", "zero_3", "zero_2_bf16"),
+    *("zero_1_roles", "zero_2_roles", "zero_3_roles"),
+    *("zero_2_warmup", "zero_3_warmup", "zero_2_chosen"),
+    *("zero_1_offload", "zero_2_offload", "zero_3_offload"),
     *("zero_2_resume", "zero_3_resume", "nothing_to_load"),
     *("zero_2_spoiled", "zero_3_spoiled", "zero_2_spoiled_bf16", "zero_3_spoiled_bf16"),
 )
@@ -78,6 +86,11 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Any]:
     return {lora: ranks.trained(directory / str(lora), 0, lora=lora) for lora in (True, False)}
 
 
+@pytest.fixture(scope="module")
+def four_roles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return ranks.roles(tmp_path_factory.mktemp("roles"))
+
+
 def assert_alike(one: dict[str, Any], other: dict[str, Any]) -> None:
     """The same metrics and the same export, but for the order in which numbers were summed."""
     for name, values in one["said"].items():
@@ -98,6 +111,13 @@ def test_all_weights_dense_rewards_and_whitening_are_as_in_one_process(plain: Se
         assert_alike(one, two)
         for alone, together in zip(one["evaluated"], two["evaluated"], strict=True):
             assert together == pytest.approx(alone)
+    first, second = plain("full")
+    assert first["shown"] == [
+        {**sample, "score": pytest.approx(sample["score"]), "rewards": pytest.approx(sample["rewards"])}
+        for sample in one["shown"]
+    ]
+    assert len(first["shown"]) == 12
+    assert second["shown"] == [], "the main process alone shows them"
 
 
 def test_adapters_are_as_in_one_process(plain: Seen, alone: dict[bool, Any]) -> None:
@@ -106,22 +126,64 @@ def test_adapters_are_as_in_one_process(plain: Seen, alone: dict[bool, Any]) -> 
         assert all("lora_" in name for name in two["export"])
 
 
-def test_a_reward_sees_every_row_once(plain: Seen) -> None:
+def test_memory_that_ends_on_one_process_makes_all_take_fewer_rows(
+    plain: Seen, alone: dict[bool, Any]
+) -> None:
+    first, second = plain("out_of_memory")
+
+    assert_alike(alone[True], first)
+    assert first == second
+    assert {warning["work"] for warning in first["heard"]} == {"rollout", "scoring", "update"}
+
+
+def test_a_reward_sees_every_response_once(plain: Seen) -> None:
     first, second = plain("full")
 
     rows = [row["prompt"] for row in PROMPTS[:5]]
-    assert first["seen"] == [*rows[:3], rows[0]]
-    assert second["seen"] == rows[3:]
+    # Sampled, then greedy.
+    assert first["seen"] == [*rows[:3] * 2, *rows[:1] * 2]
+    assert second["seen"] == rows[3:] * 2
 
 
 @pytest.mark.parametrize(
-    ("group", "scenario"), [("plain", "resume"), ("zero", "zero_2_resume"), ("zero", "zero_3_resume")]
+    ("group", "scenario"),
+    [
+        ("plain", "resume"),
+        ("zero", "zero_2_resume"),
+        ("zero", "zero_3_resume"),
+        ("zero", "zero_3_offload"),
+    ],
 )
 def test_a_resumed_run_is_the_uninterrupted_one(
     request: pytest.FixtureRequest, group: str, scenario: str
 ) -> None:
     for seen in request.getfixturevalue(group)(scenario):
         assert seen == {"same weights": True, "same metrics": True, "moved": True, "updates": 3}
+
+
+@pytest.mark.parametrize(
+    ("group", "scenario"),
+    [("plain", "warmup"), ("plain", "warmup_full"), ("zero", "zero_2_warmup"), ("zero", "zero_3_warmup")],
+)
+def test_the_critic_learns_first_and_alone(request: pytest.FixtureRequest, group: str, scenario: str) -> None:
+    for seen in request.getfixturevalue(group)(scenario):
+        assert seen["policy moved"] == [False, False, False, True]
+        assert seen["critic moved"] == [True] * 4
+        # A fresh AdamW's first step is as long as the learning rate.
+        assert seen["first step"] == pytest.approx(1.0, abs=1e-3)
+        assert (seen["lr"], seen["lr/critic"]) == ([0.0, 0.0, 0.0, 3e-3], [3e-3] * 4)
+
+
+@pytest.mark.parametrize(("group", "scenario"), [("plain", "chosen"), ("zero", "zero_2_chosen")])
+def test_choices_of_the_algorithm_are_as_in_one_process(
+    request: pytest.FixtureRequest, tmp_path: Path, group: str, scenario: str
+) -> None:
+    one = ranks.chosen(tmp_path)
+
+    assert one["gae"]["optimizer_steps"] != [4.0] * 3  # some of its updates end early
+    for two in request.getfixturevalue(group)(scenario):
+        for name, metrics in one.items():
+            assert_alike({"said": metrics}, {"said": two[name]})
 
 
 def test_a_reward_that_fails_on_one_process_is_the_reason_on_all(plain: Seen) -> None:
@@ -161,7 +223,16 @@ def test_processes_that_were_not_planned_are_refused(plain: Seen) -> None:
 # DeepSpeed ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("scenario", "lora"), [("zero_1", False), ("zero_2", True), ("zero_3", False)])
+@pytest.mark.parametrize(
+    ("scenario", "lora"),
+    [
+        ("zero_1", False),
+        ("zero_2", True),
+        ("zero_3", False),
+        ("zero_1_offload", True),
+        ("zero_2_offload", False),
+    ],
+)
 def test_every_stage_trains_and_exports_as_one_process_does(
     zero: Seen, alone: dict[bool, Any], scenario: str, lora: bool
 ) -> None:
@@ -216,3 +287,22 @@ def test_a_checkpoint_that_deepspeed_does_not_load_is_named(zero: Seen) -> None:
     for empty, unread in zero("nothing_to_load"):
         assert empty.endswith("empty holds no DeepSpeed state that can be loaded.")
         assert unread.endswith("unread holds no DeepSpeed state that can be loaded.")
+
+
+# Four roles on one base --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("group", "scenario"),
+    [("plain", "roles"), ("zero", "zero_1_roles"), ("zero", "zero_2_roles"), ("zero", "zero_3_roles")],
+)
+def test_four_roles_on_one_base_are_as_in_one_process(
+    request: pytest.FixtureRequest, four_roles: dict[str, Any], group: str, scenario: str
+) -> None:
+    assert four_roles["switched"] == [True] * 4
+    assert four_roles["moved"] == [False, True]
+    for two in request.getfixturevalue(group)(scenario):
+        assert_alike(four_roles, two)
+        assert_alike({**four_roles, "export": four_roles["merged"]}, {**two, "export": two["merged"]})
+        for what in ("switched", "moved", "untouched"):
+            assert two[what] == four_roles[what]

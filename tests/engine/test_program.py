@@ -107,7 +107,7 @@ def test_a_run_says_what_it_does(whole: RunDir) -> None:
     assert len({event.key for event in said}) == len(said)
     samples = next(event for event in said if event.type == "samples").data["samples"]
     assert isinstance(samples, list)
-    assert set(samples[0]) == {"prompt", "response", "score"}  # type: ignore[arg-type]
+    assert set(samples[0]) == {"kind", "prompt", "response", "score", "rewards"}  # type: ignore[arg-type]
     plan = said[0].data["plan"]
     assert isinstance(plan, dict)
     assert plan["num_total_batches"] == UPDATES
@@ -146,6 +146,38 @@ def test_a_killed_run_resumes_to_the_same_bytes(
     assert finish(run_dir).outcome == "succeeded"
     assert digest(run_dir) == digest(whole)
     assert timeless(run_dir) == timeless(whole)
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory: pytest.TempPathFactory, policy_dir: Path) -> RunDir:
+    """A run that nobody interrupted, evaluated at times when no checkpoint is made."""
+    run_dir = make_evaluated(tmp_path_factory.mktemp("evaluated") / "run", policy_dir)
+    assert finish(run_dir).outcome == "succeeded"
+    return run_dir
+
+
+def make_evaluated(directory: Path, policy_dir: Path) -> RunDir:
+    steps = {"eval_steps": 3, "save_steps": 4, "total_episodes": 16 * 7}
+    run_dir = make_run(directory, policy_dir, ppo=steps, prompts={"train": "file_1", "eval": "file_2"})
+    run_dir.data("file_2").write_text("".join(json.dumps(row) + "\n" for row in PROMPTS[40:47]))
+    return run_dir
+
+
+# Before any checkpoint, between an evaluation and its checkpoint, and with one to repeat after a checkpoint.
+@pytest.mark.parametrize("moment", ["evaluation:3", "samples:6", "metrics:7", "evaluation:7"])
+def test_a_killed_run_neither_repeats_nor_loses_an_evaluation(
+    tmp_path: Path, policy_dir: Path, evaluated: RunDir, moment: str
+) -> None:
+    run_dir = make_evaluated(tmp_path / "run", policy_dir)
+    with engine(run_dir) as process:
+        wait_until(lambda: moment in keys(run_dir), process)
+    assert finish(run_dir).outcome == "succeeded"
+
+    said = [event for event in events(run_dir) if event.type in ("evaluation", "samples")]
+    assert [event.update for event in said if event.type == "evaluation"] == [3, 6, 7]
+    assert {event.update for event in said if event.type == "samples"} == set(range(1, 8))
+    assert len({event.key for event in said}) == len(said)
+    assert timeless(run_dir) == timeless(evaluated)
 
 
 def test_another_attempt_goes_on_in_another_directory(
@@ -372,7 +404,7 @@ def copy_of(whole: RunDir, directory: Path) -> tuple[RunDir, dict[str, Any]]:
     ("part", "changes", "words"),
     [
         ("ppo", {"gamma": 0.5}, "(gamma: 1.0 then, 0.5 now)"),
-        ("method", {"lora_alpha": 5}, "(method.lora_alpha: 32 then, 5 now)"),
+        ("method", {"lora_alpha": 5}, "method.lora_alpha: 32 then, 5 now"),
         ("rewards", {"pattern": "six"}, "(rewards.0.pattern: 'seven' then, 'six' now)"),
     ],
 )

@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers import RobertaConfig, RobertaForSequenceClassification
 
 from ppo_engine import spec
+from ppo_engine.issues import SpecError
 from ppo_engine.rewards import ModelReward, NamedReward, RewardBatch, RewardError, Scorer, build
+from ppo_engine.rewards import model as model_rewards
 from ppo_engine.rewards.regex import RegexReward
 from ppo_engine.rewards.script import scorer_of
-from ppo_engine.spec import SpecError
 from tests.engine import tiny
 
 
@@ -35,7 +37,7 @@ def batch(
     )
 
 
-def built(*rewards: dict[str, Any]) -> Scorer:
+def built(*rewards: dict[str, Any], waits: list[float] | None = None) -> Scorer:
     """The rewards of a spec, through the spec's own parser."""
     run = spec.parse(
         {
@@ -45,7 +47,7 @@ def built(*rewards: dict[str, Any]) -> Scorer:
             "rewards": [{"name": "r", **reward} for reward in rewards],
         }
     )
-    return build(run.rewards)
+    return build(run.rewards, wait=(waits if waits is not None else []).append)
 
 
 def scores(reward: dict[str, Any], rows: RewardBatch) -> list[float]:
@@ -73,7 +75,7 @@ def test_string_check_against_a_column() -> None:
 @pytest.mark.parametrize("column", [{}, {"answer": None}, {"answer": ["one"]}, {"answer": True}])
 def test_string_check_needs_a_reference_in_every_row(column: dict[str, Any]) -> None:
     rows = batch("one", "two", columns=[{"answer": "one"}, column])
-    message = r'Reward "r": row 1 \(prompt "one two 1"\) has .* in the column "answer"'
+    message = r'Reward "r" for row 1 \(prompt "one two 1"\) failed: the row has .* in the column "answer"'
     with pytest.raises(RewardError, match=message):
         scores({"type": "string_check", "column": "answer"}, rows)
 
@@ -86,8 +88,10 @@ def test_regex() -> None:
 
 def test_a_regex_that_backtracks_without_end_is_stopped() -> None:
     endless = RegexReward(r"^(a|aa|a.a|\w+)+$", seconds_per_row=0.25)
-    with pytest.raises(RewardError, match=r"searched row 1 .* without nested repetitions"):
-        endless(batch("fine", "a" * 200 + "!"))
+    fine, stopped = endless(batch("fine", "a" * 200 + "!"))
+    assert fine == 1
+    assert isinstance(stopped, RewardError)
+    assert "0.25 s; write it without nested repetitions" in str(stopped)
 
 
 def test_length() -> None:
@@ -122,6 +126,12 @@ def counts(word, weight=1.0):
 
 def no_reward():
     return 3
+
+
+def away():
+    def reward(batch: RewardBatch) -> list[float]:
+        raise OSError("away")
+    return reward
 """
 
 
@@ -136,6 +146,7 @@ def installed_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "[proxima.rewards]\n"
         "counts = counting_words:counts\n"
         "number = counting_words:no_reward\n"
+        "away = counting_words:away\n"
         "absent = counting_words:gone\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -170,6 +181,18 @@ def test_plugins_that_cannot_be(plugin: str, options: dict[str, Any], message: s
     with pytest.raises(SpecError, match=message) as caught:
         scores({"type": "plugin", "plugin": plugin, "options": options}, batch("one"))
     assert caught.value.issues[0].loc == ("rewards", 0, "plugin")
+
+
+@pytest.mark.usefixtures("installed_plugin")
+def test_a_plugin_is_asked_again_and_has_its_fallback() -> None:
+    waits: list[float] = []
+    spec = {"type": "plugin", "plugin": "away"}
+    found = built(spec | {"retries": 3, "fallback": -2.0}, waits=waits)(batch("one", "two"))
+    assert (found.scores, found.retried, found.failed) == ([-2, -2], {"r": 2}, {"r": 2})
+    assert len(waits) == 3
+    with pytest.raises(RewardError, match=r'Reward "r" failed: OSError: away \(asked 3 times\)'):
+        built(spec, waits=waits)(batch("one", "two"))
+    assert len(waits) == 3 + 2  # without a word, twice
 
 
 # Several, and their answers ------------------------------------------------------------------------------
@@ -236,8 +259,9 @@ def test_numbers_of_every_make(answer: Any) -> None:
         ([1.0, None], "for row 1 .* gave null"),
         ([1.0, "2"], 'for row 1 .* gave "2"'),
         ([1.0, {}], "for row 1 .* gave a dict"),
-        ([1.0, [1.0]], "for row 1 .* gave a list, but numbers for rows before"),
-        ([[1.0, 2.0], 1.0], r"for row 1 .* gave 1\.0, but lists for rows before"),
+        ([1.0, [1.0]], r"for row 0 .* gave 1\.0, but lists for other rows"),
+        ([[1.0, 2.0], 1.0], r"for row 1 .* gave 1\.0, but lists for other rows"),
+        ([1.0, 10**400], "for row 1 .* gave 1000"),
         ([[1.0], [1.0]], "for row 0 .* gave 1 numbers for 2 response tokens"),
         ([[1.0, 2.0], [[1.0]]], "for row 1 .* gave a list"),
         ([[1.0, 2.0], [math.nan]], "for row 1 .* gave NaN"),
@@ -253,7 +277,7 @@ def test_a_reward_that_fails_is_named() -> None:
     def divide(rows: RewardBatch) -> list[float]:
         return [1 / len(row) for row in rows.columns]
 
-    with pytest.raises(RewardError, match='Reward "divide" failed: ZeroDivisionError') as caught:
+    with pytest.raises(RewardError, match=r'Reward "divide" .*failed: ZeroDivisionError') as caught:
         scorer_of(divide, None, "cpu")(batch("one"))
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
 
@@ -385,6 +409,42 @@ def test_an_encoder_pools_in_its_own_way() -> None:
     assert ModelReward(model, tokenizer)(rows) == pytest.approx(expected, rel=1e-5)
 
 
+def test_an_encoder_that_counts_positions_from_its_padding(tmp_path: Path) -> None:
+    # Of RoBERTa's 32 positions, the first 3 are never a token's: 30 tokens would be out of its table.
+    torch.manual_seed(0)
+    config = RobertaConfig(
+        vocab_size=len(tiny.WORDS),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=32,
+        num_labels=1,
+        pad_token_id=2,
+    )
+    path = tiny.save(RobertaForSequenceClassification(config), tiny.tokenizer(), tmp_path)
+    spec = {"type": "model", "source": {"type": "local", "path": path}, "fallback": -7.0}
+    rows = batch("two " * 27, "two " * 28, prompts=["nine ", "nine "])  # and <s> before each
+    found = built(spec)(rows)
+    assert math.isfinite(found.scores[0])
+    assert found.scores[0] != -7
+    assert (found.scores[1], found.failed) == (-7, {"r": 1})
+
+
+def test_rows_are_cut_by_a_budget_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, shapes = tiny.reward_model(), list[torch.Size]()
+    reward = ModelReward(model, tiny.tokenizer())
+    rows = batch("one", "two " * 20, "three", "four four", prompts=["nine "] * 4)
+    at_once = reward(rows)
+    monkeypatch.setattr(model_rewards, "_MAX_TOKENS", 24)
+    model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: shapes.append(kwargs["input_ids"].shape), with_kwargs=True
+    )
+    assert reward(rows) == pytest.approx(at_once, rel=1e-5, abs=1e-7)
+    assert len(shapes) == 2
+    assert all(shape.numel() <= 24 for shape in shapes)
+
+
 def test_a_text_without_tokens_has_a_score() -> None:
     reward = ModelReward(tiny.reward_model(), tiny.tokenizer(bos=False))
     assert math.isfinite(reward(batch("", prompts=[" "]))[0])
@@ -434,5 +494,7 @@ def test_a_model_that_is_not_there(tmp_path: Path) -> None:
 def test_a_text_beyond_the_models_context() -> None:
     reward = ModelReward(tiny.reward_model(), tiny.tokenizer())
     rows = batch("one", "two " * 40, prompts=["nine ", "nine "])
-    with pytest.raises(RewardError, match=r"row 1 .* has 42 tokens .* has 32 positions"):
-        reward(rows)
+    fits, too_long = reward(rows)
+    assert fits == pytest.approx(reward(rows.take([0]))[0], rel=1e-5)
+    assert isinstance(too_long, RewardError)
+    assert "has 42 tokens with its response; the reward model has 32 positions" in str(too_long)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from ppo_engine.issues import SpecError
 from ppo_engine.run_dir import (
     MANIFEST,
     Acks,
@@ -17,7 +18,7 @@ from ppo_engine.run_dir import (
     read_manifest,
     write_atomic,
 )
-from ppo_engine.spec import SpecError, parse
+from ppo_engine.spec import parse
 from tests.engine.test_spec import raw
 
 

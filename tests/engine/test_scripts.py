@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub.utils import filter_repo_objects
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
@@ -144,9 +144,7 @@ def test_an_evaluation_at_the_start_comes_before_the_first_update(tmp_path: Path
 def sampled(made: Any, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, list[dict[str, Any]]]]:
     """The update and the samples of each time they are shown."""
     shown: list[tuple[int, list[dict[str, Any]]]] = []
-    monkeypatch.setattr(
-        made, "log_samples", lambda samples: shown.append((made.state.global_step + 1, samples))
-    )
+    monkeypatch.setattr(made, "log_samples", lambda samples, update: shown.append((update, samples)))
     made.train()
     return shown
 
@@ -180,8 +178,10 @@ def test_samples_are_of_the_evaluation_prompts_where_there_are_some(
     ((_, held_out),) = sampled(trainer(tmp_path / "b", eval_dataset=sets, changes=changes), monkeypatch)
 
     assert [sample["prompt"] for sample in held_out] == [
-        row["prompt"] for row in [*PROMPTS[:3], *PROMPTS[50:52]]
+        row["prompt"] for row in [*PROMPTS[:3], *PROMPTS[50:55]]
     ]
+    assert [sample["kind"] for sample in held_out] == ["eval/few/greedy"] * 3 + ["eval/more/greedy"] * 5
+    assert {sample["kind"] for sample in of_training} == {"train"}
     assert [sample["prompt"] for sample in of_training] != [sample["prompt"] for sample in held_out]
 
 
@@ -263,6 +263,10 @@ def likes_eight(batch: RewardBatch) -> list[float]:
     return [0.0] * len(batch)
 
 
+def adapter(**changes: Any) -> LoraConfig:
+    return LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": "all-linear", **changes})
+
+
 @pytest.mark.parametrize(
     ("given", "words"),
     [
@@ -281,6 +285,28 @@ def test_a_run_with_other_prompts_or_rewards_does_not_go_on(
 
     with pytest.raises(CheckpointMismatch, match=words):
         trainer(tmp_path / "b", **given).train(resume_from_checkpoint=tmp_path / "a" / "checkpoint-1")
+
+
+@pytest.mark.parametrize(
+    ("changes", "given", "words"),
+    [
+        ({"bf16": True}, {}, "bf16: False then, True now"),
+        ({"optim": "sgd"}, {}, "optim: '.*' then, 'sgd' now"),
+        ({"lr_scheduler_type": "polynomial"}, {}, "lr_scheduler_type: 'linear' then, 'polynomial' now"),
+        ({}, {"peft_config": adapter(r=2)}, r"peft_config\.r: 4 then, 2 now"),
+        ({}, {"peft_config": adapter(lora_alpha=16)}, r"peft_config\.lora_alpha: 8 then, 16 now"),
+        ({}, {"lora": False}, r"peft_config\.r: 4 then, None now"),
+    ],
+)
+def test_a_run_with_other_arguments_does_not_go_on(
+    tmp_path: Path, changes: dict[str, Any], given: dict[str, Any], words: str
+) -> None:
+    """Arguments that a spec has elsewhere, or not at all."""
+    trainer(tmp_path / "a", changes={**EVERY_UPDATE, "total_episodes": 16}).train()
+    other = trainer(tmp_path / "b", changes={**EVERY_UPDATE, "total_episodes": 16, **changes}, **given)
+
+    with pytest.raises(CheckpointMismatch, match=words):
+        other.train(resume_from_checkpoint=tmp_path / "a" / "checkpoint-1")
 
 
 # The result --------------------------------------------------------------------------------------------

@@ -10,17 +10,9 @@ import pytest
 import regex
 
 from ppo_engine.findings import IDENTIFIER, NAME, rule_and_fix
-from ppo_engine.spec import (
-    MAX_ISSUES,
-    SPEC_VERSION,
-    Hyperparameters,
-    Lora,
-    RunSpec,
-    SpecError,
-    parse,
-    shown,
-    upgrade,
-)
+from ppo_engine.hyperparameters import Hyperparameters
+from ppo_engine.issues import MAX_ISSUES, SpecError, shown
+from ppo_engine.spec import SPEC_VERSION, Lora, RunSpec, ValueHead, ValueModel, critic, parse, upgrade
 
 
 def raw(**changes: Any) -> dict[str, Any]:
@@ -43,9 +35,24 @@ def test_a_spec_needs_a_model_prompts_and_rewards_only() -> None:
     spec = parse(raw())
 
     assert isinstance(spec.method, Lora)
-    assert spec.method.value.type == "head"
+    assert critic(spec) == ValueHead()
     assert parse(spec.model_dump(mode="json")) == spec
     assert RunSpec.model_validate_json(spec.model_dump_json()) == spec
+
+
+@pytest.mark.parametrize(
+    ("method", "ppo", "expected"),
+    [
+        ({"type": "lora"}, {}, ValueHead()),
+        ({"type": "full"}, {}, ValueModel()),
+        ({"type": "full", "value": {"type": "head"}}, {}, ValueHead()),
+        ({"type": "full"}, {"advantage_estimator": "reinforce++"}, None),
+    ],
+)
+def test_the_critic_follows_from_method_and_estimator(
+    method: dict[str, Any], ppo: dict[str, Any], expected: object
+) -> None:
+    assert critic(parse(raw(method=method, ppo=ppo))) == expected
 
 
 @pytest.mark.parametrize(
@@ -56,7 +63,11 @@ def test_a_spec_needs_a_model_prompts_and_rewards_only() -> None:
         ({"method": {"type": "lora", "r": "8"}}, "method.r", ['"8"', "integer"]),
         ({"method": {"type": "lora", "target_modules": []}}, "method.target_modules", ["[]", "at least 1"]),
         ({"ppo": {"cliprange": -0.1}}, "ppo.cliprange", ["-0.1", "greater than 0", "give a number above 0"]),
-        ({"ppo": {"kl_estimator": "k9"}}, "ppo.kl_estimator", ['"k9"', "'k1' or 'k3'", "give one of these"]),
+        (
+            {"ppo": {"kl_estimator": "k9"}},
+            "ppo.kl_estimator",
+            ['"k9"', "'k1', 'k2', 'k3' or 'abs'", "give one of these"],
+        ),
         ({"ppo": []}, "ppo", ["[] given", "JSON object", "in braces"]),
         ({"rewards": {}}, "rewards", ["{} given", "JSON array", "in brackets"]),
         ({"model": {}}, "model", ["{} given", "'type' is missing", "name it"]),
@@ -79,7 +90,11 @@ def test_a_spec_needs_a_model_prompts_and_rewards_only() -> None:
         (
             {"rewards": [{"type": "lenght", "name": "x", "target": 5}]},
             "rewards.0",
-            ["lenght", "'model', 'string_check', 'regex', 'length', 'plugin'"],
+            [
+                "lenght",
+                "'model', 'adapter', 'string_check', 'text_similarity'",
+                "'regex', 'length', 'plugin'",
+            ],
         ),
         (
             {"rewards": [{"type": "regex", "name": "x", "pattern": "("}]},
@@ -204,7 +219,10 @@ def test_every_form_of_text_is_told_in_words() -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["", ".findings", ".patterns", ".spec", ".facts", ".plan", ".events", ".run_dir", ".watch"],
+    [
+        *("", ".findings", ".issues", ".patterns", ".hyperparameters", ".reward_kinds", ".model_sources"),
+        *(".spec", ".facts", ".plan", ".events", ".run_dir", ".watch"),
+    ],
 )
 def test_the_contract_loads_no_torch(module: str) -> None:
     program = f"import sys, ppo_engine{module}; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"

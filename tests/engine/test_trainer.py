@@ -17,9 +17,9 @@ from ppo_engine.actor_critic import causal_lm
 from ppo_engine.batch import collate
 from ppo_engine.checkpoint import CheckpointMismatch
 from ppo_engine.draws import Purpose
+from ppo_engine.issues import SpecError
 from ppo_engine.learn import NotFinite
 from ppo_engine.rewards import NamedReward, RewardBatch, RewardError
-from ppo_engine.spec import SpecError
 from tests.engine import tiny
 from tests.engine.training import PROMPTS, likes_seven, logged, trainer
 
@@ -429,3 +429,13 @@ def test_a_derived_argument_may_only_say_what_is_derived(tmp_path: Path, name: s
     trainer(tmp_path, changes={name: right})
     with pytest.raises(SpecError, match=rf"{name}: {right + 1} given; it is derived, and is {right}"):
         trainer(tmp_path, changes={name: right + 1})
+
+
+def test_the_last_update_is_always_logged(tmp_path: Path) -> None:
+    made = trainer(tmp_path, changes={"logging_steps": 2, "total_episodes": 48})
+    made.train()
+    assert [entry["step"] for entry in made.state.log_history] == [2, 3]
+
+    silent = trainer(tmp_path, changes={"logging_strategy": "no", "total_episodes": 16})
+    silent.train()
+    assert silent.state.log_history == []

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from ppo_engine import trainer as trainer_module
-from ppo_engine.actor_critic import causal_lm, token_logprobs
+from ppo_engine.actor_critic import causal_lm
 from ppo_engine.batch import Experience, Rollout
 from ppo_engine.draws import Purpose
 from ppo_engine.experience import TokenScores, experience_of
 from ppo_engine.learn import StepStats, UpdateStats
+from ppo_engine.logprobs import token_logprobs
 from ppo_engine.prompts import rows_of_update
 from ppo_engine.rewards import RewardBatch
 from tests.engine import tiny
@@ -42,11 +43,11 @@ def test_2_adam_takes_epochs_times_mini_batches_steps_per_update(tmp_path: Path)
 
 
 def test_3_statistics_are_means_over_what_was_computed() -> None:
-    """Two steps of 2 and 4 tokens; the sums are of policy and value loss, KL, clips, entropy, and ratio."""
-    first = StepStats(torch.tensor([1.0, 2.0, 3.0, 1.0, 0.0, 5.0, 2.0]), tokens=2, grad_norm=3.0)
-    second = StepStats(torch.tensor([6.0, 4.0, 2.0, 4.0, 2.0, 6.0, 6.0]), tokens=4, grad_norm=None)
+    """Two steps of 2 and 4 tokens; sums in the order of `learn._STATS`."""
+    first = StepStats(torch.tensor([1.0, 3.0, 1.0, 5.0, 2.0, 8.0, 2.0, 0.0]), weight=2, grad_norm=3.0)
+    second = StepStats(torch.tensor([6.0, 2.0, 4.0, 6.0, 6.0, 4.0, 4.0, 2.0]), weight=4, grad_norm=None)
 
-    assert UpdateStats([first, second]).metrics() == {
+    assert UpdateStats([first, second]).metrics(with_critic=True) == {
         "loss/policy_avg": (0.5 + 1.5) / 2,
         "loss/value_avg": (1.0 + 1.0) / 2,
         "policy/approxkl_avg": (1.5 + 0.5) / 2,
@@ -133,7 +134,8 @@ def test_14_logits_in_chunks_give_the_same_values_and_gradients(chunk: int) -> N
     def run(chunk: int) -> tuple[Tensor, ...]:
         inputs = hidden.clone().requires_grad_()
         head.zero_grad()
-        logprobs, entropies = token_logprobs(inputs, targets, head, 0.7, chunk)
+        logprobs, entropies = token_logprobs(inputs, targets, head, chunk, "value")
+        assert entropies is not None
         (logprobs * weights).sum().backward()
         assert inputs.grad is not None
         assert head.weight.grad is not None
@@ -150,8 +152,10 @@ class Recorder:
         self.tokens: list[TokenScores] = []
         self.experiences: list[Experience] = []
 
-    def __call__(self, rollout: Any, scores: Any, tokens: TokenScores, ppo: Any) -> tuple[Experience, Tensor]:
-        experience, kl_BR = experience_of(rollout, scores, tokens, ppo)
+    def __call__(
+        self, rollout: Any, scores: Any, tokens: TokenScores, *given: Any
+    ) -> tuple[Experience, Tensor]:
+        experience, kl_BR = experience_of(rollout, scores, tokens, *given)
         self.tokens.append(tokens)
         self.experiences.append(experience)
         return experience, kl_BR
@@ -168,6 +172,7 @@ def test_rewards_are_whitened_over_the_batch_and_keep_their_mean(tmp_path: Path,
     """Values are zero and gamma and lambda one, so what a return gains from token to token is the reward."""
     trainer(tmp_path, changes={**ONE_STEP, "whiten_rewards": True, "lam": 1.0}).train()
     (experience,) = recorder.experiences
+    assert experience.returns_BR is not None
     following = torch.cat([experience.returns_BR[:, 1:], torch.zeros(16, 1)], dim=1)
     whitened = (experience.returns_BR - following)[experience.mask_BR]
     raw = experience.rewards_BR[experience.mask_BR]
@@ -202,5 +207,5 @@ def test_an_estimate_that_overflows_pays_nothing_where_its_weight_is_zero(
 
     assert logged(made, "objective/kl") == [float("inf")]
     assert logged(made, "objective/non_score_reward") == [0.0]
-    assert logged(made, "objective/rlhf_reward") == logged(made, "objective/scores")
+    assert logged(made, "objective/rlhf_reward") == [pytest.approx(logged(made, "objective/scores")[0])]
     assert logged(made, "optimizer_steps_skipped") == [0.0]

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -115,3 +116,28 @@ def save(model: torch.nn.Module, own_tokenizer: PreTrainedTokenizerFast, directo
     model.save_pretrained(directory)
     own_tokenizer.save_pretrained(directory)
     return str(directory)
+
+
+def classifier(**changes: Any) -> LlamaForSequenceClassification:
+    """The trunk of `policy`, with a head for one score."""
+    base = policy(**changes)
+    base.config.num_labels = 1
+    model = LlamaForSequenceClassification(base.config)
+    model.model.load_state_dict(base.model.state_dict())
+    return model
+
+
+def save_judge(directory: Path, **changes: Any) -> Path:
+    """A reward adapter as PEFT saves it: a LoRA on the trunk of `policy`, and a score head, all random.
+
+    changes: to the policy's config.
+    """
+    config = LoraConfig(r=2, target_modules=["q_proj", "up_proj"], task_type="SEQ_CLS")
+    judge = get_peft_model(classifier(**changes), config)
+    torch.manual_seed(1)
+    for name, weight in judge.named_parameters():
+        if weight.requires_grad:
+            torch.nn.init.normal_(weight, std=1.0 if "score" in name else 0.3)
+    judge.peft_config["default"].base_model_name_or_path = "/home/me/tiny-policy"
+    judge.save_pretrained(str(directory), save_embedding_layers=False)
+    return directory

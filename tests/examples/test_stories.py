@@ -7,7 +7,8 @@ from types import SimpleNamespace
 
 from happy_stories import happiness
 
-from ppo_engine.spec import Plugin, parse
+from ppo_engine.reward_kinds import Plugin
+from ppo_engine.spec import parse
 
 STORIES = Path(__file__).parents[2] / "examples" / "stories"
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from ppo_engine.spec import SpecError, parse
+from ppo_engine.issues import SpecError
+from ppo_engine.spec import parse
 from service.models import REWARD_PLUGINS, PathRefused, locate, read_facts, resolve
 
 

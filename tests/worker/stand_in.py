@@ -20,6 +20,7 @@ from pathlib import Path
 from ppo_engine.events import Event, encode
 from ppo_engine.run_dir import (
     MANIFEST,
+    Halvings,
     Reason,
     Result,
     RunDir,
@@ -105,6 +106,9 @@ class StandIn:
             os.kill(os.getpid(), signal.SIGKILL)
         if self.update == self.options.fail_at:
             sys.exit(self.end("failed", self.options.reason))
+        if self.update == self.options.out_of_memory_at and not self.run_dir.halvings.exists():
+            self.run_dir.write_halvings(Halvings(update=1))
+            sys.exit(self.end("stopped", "oom"))
         if self.update == self.options.garble_at:
             with self.run_dir.events.open("ab") as file:
                 file.write(b"no event\n")
@@ -181,6 +185,7 @@ def main() -> int:
     parser.add_argument("--hang-at", type=int)
     parser.add_argument("--garble-at", type=int)
     parser.add_argument("--fail-at", type=int)
+    parser.add_argument("--out-of-memory-at", type=int)
     parser.add_argument("--reason", default="nan")
     parser.add_argument("--rank", action="store_true")
     parser.add_argument("run_dir", type=Path)

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from ppo_engine.model_sources import HubModel
 from ppo_engine.run_dir import RunDir
-from ppo_engine.spec import HubModel
 from tests.servers import free_port
 from tests.worker.fleet import MODEL, SPEC, Fleet
 from worker import hub

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ppo_engine.spec import Resources
+from ppo_engine.spec import Resources, Tracker
 from worker import launch
 
 ENGINE = (sys.executable, "-m", "ppo_engine")
@@ -59,6 +59,13 @@ def test_a_sharded_run_on_one_gpu_is_launched_too() -> None:
     command = launch.command(ENGINE, (), Resources(zero_stage=3), Path("/runs/a1"), 1)
     assert "--use_deepspeed" in command
     assert command[command.index("--zero_stage") + 1] == "3"
+    assert "--offload_optimizer_device" not in command
+
+
+def test_an_optimizer_is_offloaded_where_that_is_asked_for() -> None:
+    resources = Resources(zero_stage=2, offload="optimizer")
+    command = launch.command(ENGINE, (), resources, Path("/runs/a1"), 1)
+    assert command[command.index("--offload_optimizer_device") + 1] == "cpu"
 
 
 def test_devices_are_those_of_the_driver_or_of_cudas_own_variable(
@@ -108,6 +115,25 @@ def test_the_environment_is_what_is_allowed_and_no_more() -> None:
     assert environment["CUDA_VISIBLE_DEVICES"] == "0,1"
     assert environment["HF_HUB_OFFLINE"] == "1", "where the operator allows no models of the hub"
     assert "HF_HUB_OFFLINE" not in launch.environment(given, (), (), allow_hub=True)
+
+
+def test_a_tracker_is_told_what_is_its_own_where_the_run_reports_to_it() -> None:
+    given = {
+        "WANDB_API_KEY": "key",
+        "WANDB_MODE": "offline",
+        "WANDB_RUN_ID": "one for all",
+        "WANDB_LOG_MODEL": "end",
+        "MLFLOW_TRACKING_URI": "http://mlflow",
+        "MLFLOW_RUN_ID": "one for all",
+        "TENSORBOARD_LOGGING_DIR": "/boards",
+    }
+
+    def kept(*trackers: Tracker) -> set[str]:
+        return set(given) & set(launch.environment(given, (), (), allow_hub=True, trackers=trackers))
+
+    assert kept() == set()
+    assert kept("wandb") == {"WANDB_API_KEY", "WANDB_MODE"}
+    assert kept("mlflow", "tensorboard") == {"MLFLOW_TRACKING_URI", "TENSORBOARD_LOGGING_DIR"}
 
 
 def test_the_engine_is_found_from_another_directory(tmp_path: Path) -> None:

@@ -158,6 +158,15 @@ async def test_a_failure_keeps_the_engines_reason(embedded: Fleet) -> None:
     assert [event.update for event in await embedded.events(job.id, "metrics")] == [1, 2]
 
 
+async def test_an_engine_without_memory_for_the_work_is_started_once_more_in_the_same_attempt(
+    embedded: Fleet,
+) -> None:
+    job_id = await embedded.submit()
+    await embedded.work("--out-of-memory-at", 2)
+    job = await embedded.job(job_id)
+    assert (job.state, job.attempt) == ("succeeded", 1)
+
+
 async def test_after_a_failure_the_worker_takes_the_next_job(embedded: Fleet) -> None:
     made = [await embedded.submit(), await embedded.submit()]
     await embedded.work("--crash-at", 1)
@@ -296,6 +305,39 @@ async def test_the_engine_gets_the_secrets_that_its_spec_names(
     environment = json.loads((await embedded.log(job_id)).splitlines()[0])["environment"]
     given = {name: value for name, value in environment.items() if name.startswith("PROXIMA")}
     assert given == {"PROXIMA_SECRET_JUDGE": "ours"}
+
+
+async def test_the_engine_gets_what_the_trackers_of_its_spec_need(
+    embedded: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "key")
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "token")
+    job_id = await embedded.submit({**SPEC, "report_to": ["wandb"]})
+    await embedded.work()
+
+    environment = json.loads((await embedded.log(job_id)).splitlines()[0])["environment"]
+    given = {name: value for name, value in environment.items() if name.startswith(("WANDB", "MLFLOW"))}
+    assert given == {"WANDB_API_KEY": "key"}
+
+
+async def test_the_engine_gets_the_key_and_the_leave_that_a_server_is_asked_with(
+    embedded: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PROXIMA_SECRET_SIGNING", "whsec_ours")
+    server = {
+        "type": "http",
+        "name": "judge",
+        "url": "http://10.0.0.7/score",
+        "signing_key": {"secret": "SIGNING"},
+    }
+    for allowed, expected in ((False, {}), (True, {"PROXIMA_HTTP_ALLOW_PRIVATE": "1"})):
+        embedded.settings = embedded.settings.model_copy(update={"http_allow_private": allowed})
+        job_id = await embedded.submit({**SPEC, "rewards": [server]})
+        await embedded.work()
+
+        environment = json.loads((await embedded.log(job_id)).splitlines()[0])["environment"]
+        given = {name: value for name, value in environment.items() if name.startswith("PROXIMA")}
+        assert given == {"PROXIMA_SECRET_SIGNING": "whsec_ours", **expected}
 
 
 async def test_an_ended_loop_leaves_no_engine(embedded: Fleet) -> None:

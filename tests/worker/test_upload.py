@@ -6,10 +6,11 @@ import asyncio
 import errno
 import json
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 from obstore.exceptions import GenericError
+from pydantic import JsonValue
 
 from ppo_engine.run_dir import MANIFEST, Acks, RunDir, describe, write_atomic
 from service.storage import Storage
@@ -40,13 +41,27 @@ async def fence(embedded: Fleet) -> Fence:
 def run_dir(tmp_path: Path) -> RunDir:
     run_dir = RunDir(tmp_path / "run")
     run_dir.path.mkdir()
+    ask_for(run_dir)
     return run_dir
 
 
-def make(directory: Path, update: int, content: str = "{}") -> None:
+def ask_for(run_dir: RunDir, **ppo: Any) -> None:
+    """Lay down a spec with these hyperparameters."""
+    spec = {
+        "model": {"type": "local", "path": "a-model"},
+        "prompts": {"train": "file_1"},
+        "rewards": [{"type": "length", "name": "short", "target": 5}],
+        "ppo": ppo,
+    }
+    run_dir.spec.write_text(json.dumps(spec))
+
+
+def make(
+    directory: Path, update: int, content: str = "{}", metrics: dict[str, JsonValue] | None = None
+) -> None:
     directory.mkdir(parents=True)
     (directory / "state.json").write_text(content)
-    manifest = describe(directory, update, {})
+    manifest = describe(directory, update, metrics or {})
     write_atomic(directory / MANIFEST, manifest.model_dump_json().encode())
 
 
@@ -84,6 +99,36 @@ async def test_a_checkpoint_is_known_only_once_what_was_said_before_it_is(
     await Uploads(embedded.store, embedded.storage, fence, run_dir, catch_up).finish()
     assert known == [[]]
     assert len(await embedded.artifacts(fence.job_id, "checkpoint")) == 1
+
+
+@pytest.mark.parametrize(
+    ("ppo", "expected"),
+    [
+        ({}, [6, 8]),
+        ({"save_total_limit": 1, "metric_for_best_model": "objective/scores"}, [4, 8]),
+        ({"save_total_limit": 1, "metric_for_best_model": "objective/kl"}, [2, 8]),
+        ({"save_total_limit": None}, [2, 4, 6, 8]),
+    ],
+)
+async def test_storage_keeps_the_checkpoints_that_the_spec_asks_for(
+    embedded: Fleet, fence: Fence, run_dir: RunDir, ppo: dict[str, Any], expected: list[int]
+) -> None:
+    ask_for(run_dir, **ppo)
+    scores = {2: 0.1, 4: 0.9, 6: 0.5, 8: 0.6}
+    for update, score in scores.items():
+        metrics: dict[str, JsonValue] = {"objective/scores": score, "objective/kl": score}
+        make(run_dir.checkpoint(update), update, metrics=metrics)
+    await Uploads(embedded.store, embedded.storage, fence, run_dir, nothing_said).finish()
+
+    staying = await embedded.artifacts(fence.job_id, "checkpoint")
+    assert sorted(artifact.update for artifact in staying) == expected
+    for update in scores:
+        key = f"jobs/{fence.job_id}/a1/update-{update}/checkpoint/state.json"
+        if update in expected:
+            assert await embedded.storage.size(key) == 2
+        else:
+            with pytest.raises(FileNotFoundError):
+                await embedded.storage.size(key)
 
 
 async def test_what_is_safe_is_not_uploaded_again(embedded: Fleet, fence: Fence, run_dir: RunDir) -> None:
@@ -170,6 +215,8 @@ async def test_what_failed_after_a_checkpoint_was_known_is_made_up_for(
     embedded: Fleet, fence: Fence, tmp_path: Path
 ) -> None:
     run_dir = FullDisk(tmp_path / "run")
+    run_dir.path.mkdir()
+    ask_for(run_dir)
     storage = Reluctant.open(embedded.settings.storage_url)
     uploads = Uploads(embedded.store, storage, fence, run_dir, nothing_said)
     for update in (2, 4, 6):

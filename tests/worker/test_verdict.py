@@ -7,9 +7,9 @@ from typing import Any, get_args
 
 import pytest
 
+from ppo_engine.issues import Issue
 from ppo_engine.run_dir import Reason, Result
-from ppo_engine.spec import Issue
-from worker.verdict import Verdict, Wish, judge, log_tail, stopped
+from worker.verdict import Verdict, Wish, judge, log_tail, starts_again, stopped
 
 WISHES: tuple[Wish, ...] = get_args(Wish)
 
@@ -48,6 +48,13 @@ def test_what_stopped_because_it_was_wished_spends_no_attempt(ended: Result | No
 def test_what_stopped_by_itself_goes_on_elsewhere_and_spends_its_attempt(reason: Reason) -> None:
     verdict = judge(result("stopped", reason), 0, None)
     assert (verdict.state, verdict.code, verdict.spend_attempt) == ("queued", reason, True)
+
+
+def test_an_engine_that_can_take_less_memory_starts_again_unless_it_is_to_stop() -> None:
+    assert starts_again(result("stopped", "oom"), None)
+    assert not any(starts_again(result("stopped", "oom"), wish) for wish in WISHES)
+    for ended in (None, result("failed", "oom"), result("stopped", "lease"), result("succeeded", "finished")):
+        assert not starts_again(ended, None)
 
 
 @pytest.mark.parametrize(

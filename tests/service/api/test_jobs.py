@@ -14,7 +14,8 @@ import pytest
 from obstore.exceptions import GenericError
 from sqlalchemy import func, select, update
 
-from ppo_engine.spec import MAX_ISSUES, RunSpec, parse
+from ppo_engine.issues import MAX_ISSUES
+from ppo_engine.spec import RunSpec, parse
 from service import background
 from service.api.bodies import REPEATABLE
 from service.settings import Settings
@@ -51,7 +52,8 @@ def test_a_job_is_made_and_found(client: httpx.Client):
     assert (job["started_at"], job["finished_at"], job["error"], job["update"]) == (None, None, None, 0)
     assert datetime.fromisoformat(job["created_at"]).utcoffset() is not None
     assert job["created_at"].endswith("Z")
-    assert job["spec"]["prompts"] == {"train": file_id, "eval": None}
+    lengths = {"overlong": "refuse", "max_length": None}
+    assert job["spec"]["prompts"] == {"train": file_id, "eval": None, **lengths}
     assert job["spec"]["ppo"]["kl_coef"] == 0.05  # defaults are filled in
     assert job["total_updates"] == job["plan"]["num_total_batches"] == 8
     assert job["plan"]["parameters_trained"] > 0  # the model was seen

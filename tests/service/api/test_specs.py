@@ -5,6 +5,7 @@ Each thing that can be wrong, and what is said of it, is in `test_bad_input.py`.
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Iterator
@@ -95,6 +96,13 @@ DEEP_PATTERNS = st.builds(
     st.integers(1, 120),
     st.sampled_from([1, 3, 9, 10**9]),
 )
+SCHEMA = {
+    "type": "object",
+    "properties": {"a": {"anyOf": [{"$ref": "#/$defs/b"}, {"enum": [1, None]}]}},
+    "patternProperties": {"^x": {"items": {"minimum": 1}}},
+    "$defs": {"b": {"type": ["string", "null"], "pattern": "a"}},
+    "required": ["a"],
+}
 LEAVES = (
     st.none()
     | st.booleans()
@@ -103,7 +111,7 @@ LEAVES = (
     | st.floats()
     | st.text()
     | st.sampled_from(
-        ["", "..", "/", "tiny", "a\0b", "\ud800", "lora", "full", "model", "head", "local", "hub"]
+        ["", "..", "/", "tiny", "a\0b", "\ud800", "lora", "full", "model", "head", "local", "hub", "#", "//"]
     )
     | PATTERNS
     | DEEP_PATTERNS
@@ -115,7 +123,8 @@ ANYTHING = st.one_of(
         lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
         max_leaves=6,
     ),
-    st.integers(1, 1500).map(lambda many: {f"field{number}": None for number in range(many)}),
+    # Three of them are no body over the limit.
+    st.integers(1, 1000).map(lambda many: {f"field{number}": None for number in range(many)}),
 )
 
 
@@ -133,7 +142,11 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 def test_no_spec_makes_the_server_fail(client: httpx.Client, file_id: str, data: st.DataObject):
     whole = {"spec": RunSpec.model_validate(spec(file_id)).model_dump(mode="json")}
     whole["spec"]["method"]["adapters"] = {"old": {"type": "local", "path": "tiny"}}
-    whole["spec"]["rewards"].append({"type": "regex", "name": "pattern", "pattern": "a"})
+    whole["spec"]["rewards"] += [
+        {"type": "regex", "name": "pattern", "pattern": "a"},
+        {"type": "http", "name": "server", "url": "https://a.example/", "signing_key": {"secret": "KEY"}},
+        {"type": "json_schema", "name": "form", "schema": copy.deepcopy(SCHEMA)},
+    ]
     for _ in range(data.draw(st.integers(1, 3))):
         path = data.draw(st.sampled_from(places(whole)))
         part: Any = whole

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import pytest
 from sqlalchemy import event
 
@@ -99,18 +102,25 @@ async def test_pages_load_no_more_than_they_show(store: Store, project: str):
     assert seen == [(update, 2 if update in (3, 5, 9) else 1) for update in range(10)]
 
 
-async def test_what_is_old_is_forgotten_by_kind(store: Store, project: str):
+async def test_what_is_not_kept_is_forgotten_by_kind(store: Store, project: str):
     fence = await running(store, project)
     for update in (10, 20, 30):
         await record(store, fence, "checkpoint", update)
         await record(store, fence, "export", update)
+    told: list[Mapping[int, Mapping[str, Any]]] = []
+
+    def kept(metrics: Mapping[int, Mapping[str, Any]]) -> set[int]:
+        told.append(metrics)
+        return {10, 30}
+
     async with store.write() as session:
-        old = await artifacts.forget_older(session, fence, "checkpoint", keep=2)
-    assert [artifact.key_prefix for artifact in old] == [f"jobs/{fence.job_id}/a1/update-10/checkpoint/"]
+        old = await artifacts.forget_others(session, fence, "checkpoint", kept)
+    assert [artifact.key_prefix for artifact in old] == [f"jobs/{fence.job_id}/a1/update-20/checkpoint/"]
+    assert [set(metrics) for metrics in told] == [{10, 20, 30}]
     async with store.read() as session:
-        kept = (await artifacts.page(session, project, fence.job_id, "checkpoint")).data
+        staying = (await artifacts.page(session, project, fence.job_id, "checkpoint")).data
         exports = (await artifacts.page(session, project, fence.job_id, "export")).data
-    assert [artifact.update for artifact in kept] == [20, 30]
+    assert [artifact.update for artifact in staying] == [10, 30]
     assert len(exports) == 3
 
 

@@ -131,7 +131,7 @@ async def test_a_late_worker_of_a_deleted_job_writes_nothing(store: Store, proje
         lambda session: transitions.fail(session, late, "crash", "It broke."),
         lambda session: transitions.requeue(session, late, "lost", True),
         lambda session: artifacts.record(session, late, "export", 1, [], "jobs/a/"),
-        lambda session: artifacts.forget_older(session, late, "export", 0),
+        lambda session: artifacts.forget_others(session, late, "export", set),
     ]
     for attempt in attempts:
         async with store.write() as session:

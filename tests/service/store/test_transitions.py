@@ -9,8 +9,8 @@ import pytest
 from sqlalchemy import func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from ppo_engine.issues import Issue
 from ppo_engine.run_dir import ManifestFile
-from ppo_engine.spec import Issue
 from service.errors import WrongState
 from service.store import artifacts, jobs, keys, transitions
 from service.store.models import Event, State, Wanted
@@ -41,7 +41,7 @@ WRITES: dict[str, Write] = {
     "paused": transitions.paused,
     "requeue": lambda session, fence: transitions.requeue(session, fence, "sigterm", spend_attempt=False),
     "record": lambda session, fence: artifacts.record(session, fence, "export", 9, [], "jobs/"),
-    "forget_older": lambda session, fence: artifacts.forget_older(session, fence, "export", 0),
+    "forget_others": lambda session, fence: artifacts.forget_others(session, fence, "export", set),
 }
 
 

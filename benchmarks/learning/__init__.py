@@ -1,0 +1,1 @@
+"""Proof of learning: reward curves over several seeds, on tasks whose yardsticks others have published."""
