@@ -61,7 +61,7 @@ bench-full: env  ## The whole grid beside TRL 1.12, batches of 128 too; hours
 	$(BIN)/python -m benchmarks grid
 
 learn: env  ## Reward curves over seeds: the figures and pictures of docs/learning.md; about an hour
-	$(BIN)/python -m benchmarks.learning
+	$(BIN)/python -m benchmarks.learning $(LEARN_ARGS)
 
 clean:  ## Remove the environment
 	rm -rf $(VENV)

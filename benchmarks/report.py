@@ -1,4 +1,4 @@
-"""The benchmark's two tables, as text, and its raw numbers, as JSON."""
+"""The benchmark's tables, as text, and its raw numbers, as JSON."""
 
 import json
 import os

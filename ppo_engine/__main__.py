@@ -33,7 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         result = _run(run_dir, options.attempt, watch)
     if is_main or result.outcome == "failed" or result.reason == "oom":
         run_dir.write_result(result)
-    return 1 if result.outcome == "failed" else 0
+    # A launcher waits for the others while one ends well, and they for the one that ran out of memory.
+    return 1 if result.outcome == "failed" or result.reason == "oom" else 0
 
 
 def _run(run_dir: RunDir, attempt: int, watch: Watch) -> Result:

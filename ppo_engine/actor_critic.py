@@ -104,6 +104,15 @@ class ActorCritic(nn.Module):
         return found
 
     @property
+    def critic(self) -> str | None:
+        """What gives the values: "head", "adapter", or "model"; None: nothing does."""
+        if self.value_model is not None:
+            return "model"
+        if self.value_head is None:
+            return None
+        return "head" if self.value_adapter is None else "adapter"
+
+    @property
     def config(self) -> Any:
         return causal_lm(self.policy).config
 
@@ -172,4 +181,6 @@ class ActorCritic(nn.Module):
             return None
         hidden_ND = trunk(self.value_model)(**inputs).last_hidden_state[slots_BT]
         score: Any = self.value_model.score
-        return score(hidden_ND).float().squeeze(-1)  # type: ignore[no-any-return]
+        with torch.autocast(hidden_ND.device.type, enabled=False):  # values are not rounded to half precision
+            values_N1 = score(hidden_ND.to(score.weight.dtype))
+        return values_N1.float().squeeze(-1)  # type: ignore[no-any-return]

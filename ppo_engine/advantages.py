@@ -8,6 +8,7 @@ batch.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -96,8 +97,10 @@ def adapted_kl_coef(kl_coef: float, kl: float, target: float, horizon: float, ep
     """The KL coefficient after a batch of so many episodes, whose responses have this mean KL.
 
     Ziegler et al. 2019 (arXiv 1909.08593), section 2.2: a proportional controller in log space, whose error
-    is clipped to 20 %. horizon: in episodes.
+    is clipped to 20 %. horizon: in episodes. A KL that is no number leaves the coefficient as it is.
     """
+    if math.isnan(kl):
+        return kl_coef
     error = min(max(kl / target - 1, -0.2), 0.2)
     return kl_coef * (1 + error * episodes / horizon)
 

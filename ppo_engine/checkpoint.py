@@ -11,11 +11,11 @@ import os
 import platform
 import shutil
 from collections.abc import Callable, Mapping
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from pydantic import JsonValue
 
 from ppo_engine.parallel import Parallel
@@ -32,6 +32,7 @@ from ppo_engine.run_dir import (
 
 TRAINER_STATE = "trainer_state.json"
 RUN_STATE = "run_state.json"
+_LIBRARIES = ("proxima-ppo", "torch", "transformers", "peft", "accelerate", "numpy", "deepspeed")
 
 
 class CheckpointMismatch(ValueError):
@@ -114,11 +115,17 @@ def differences(saved: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def _version(library: str) -> str:
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return "not installed"
+
+
 def environment() -> dict[str, str | int]:
     """What a byte-equal continuation on a CPU depends on."""
     return {
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        **{name: _version(name) for name in _LIBRARIES},
         "python": platform.python_version(),
         "machine": platform.machine(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),

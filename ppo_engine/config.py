@@ -60,7 +60,7 @@ class PPOConfig(TrainingArguments):
     logging_steps: float = _option(10, "Updates between two logs; below 1: a share of the run.")
     gradient_checkpointing: bool | None = _option(True, "Recompute activations in the backward pass.")
     bf16: bool | None = _option(  # type: ignore[assignment]
-        None, "bf16 mixed precision. Not given: on where the accelerator has it, unless fp16 is."
+        None, "bf16 mixed precision. Not given: on where the accelerator has it."
     )
     dataset_num_proc: int | None = _option(None, "For scripts: processes that prepare the data set.")
     num_mini_batches: int = _option(1, "Mini-batches a batch is cut into: optimizer steps per epoch.")
@@ -139,7 +139,7 @@ class PPOConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         if self.bf16 is None:
-            self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
+            self.bf16 = not self.use_cpu and is_torch_bf16_gpu_available()
         if self.greater_is_better is None and self.metric_for_best_model is not None:
             self.greater_is_better = is_greater_better(self.metric_for_best_model)
         if self.activation_checkpointing is None:  # TRL's name is transformers' deprecated alias
@@ -229,7 +229,6 @@ def beside_hyperparameters(args: PPOConfig) -> dict[str, JsonValue]:
     """What else of a script's arguments must be the same for a run to go on as it began."""
     return {
         "bf16": args.bf16,
-        "fp16": args.fp16,
         "optim": OptimizerNames(args.optim).value,
         "optim_args": args.optim_args,
         "lr_scheduler_type": SchedulerType(args.lr_scheduler_type).value,

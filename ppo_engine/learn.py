@@ -315,7 +315,7 @@ class Learner:
             ppo.dual_clip,
         )
         kl_N = kl(logprobs_N, tokens.ref_logprobs_N, ppo.kl_estimator)
-        loss_N = policy.loss - ppo.entropy_coef * entropies_N
+        loss_N = policy.loss - ppo.entropy_coef * entropies_N if ppo.entropy_coef else policy.loss
         if ppo.kl_placement == "loss" and kl_coef:
             loss_N = loss_N + kl_coef * kl_N
         if critic_only:

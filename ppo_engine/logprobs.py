@@ -31,7 +31,8 @@ def output_logits(model: Any, temperature: float = 1.0) -> Callable[[Tensor], Te
     head, config = model.get_output_embeddings(), model.config.get_text_config()
     factor = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
     cap = getattr(config, "final_logit_softcapping", None)
-    is_linear = cap is None and getattr(head, "bias", None) is None
+    has_bias = getattr(head, "bias", None) is not None or any(getattr(head, "lora_bias", {}).values())
+    is_linear = cap is None and not has_bias
 
     def logits(hidden_ND: Tensor) -> Tensor:
         is_mixed = hidden_ND.dtype != torch.float32 or torch.is_autocast_enabled(hidden_ND.device.type)

@@ -13,6 +13,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+_MOST_LOG_RATIO = 20.0
+
 
 class PolicyLoss(NamedTuple):
     """Per token; only `loss` carries a gradient.
@@ -50,7 +52,8 @@ def policy_loss(
     -dual_clip A (Ye et al. 2020, arXiv 1912.09729, equation 5), which bounds it where rho is large.
     """
     log_ratio = logprobs - old_logprobs
-    ratio = log_ratio.exp()
+    # Beyond what any clip lets through; an infinite ratio would have a gradient that is no number.
+    ratio = log_ratio.clamp(-_MOST_LOG_RATIO, _MOST_LOG_RATIO).exp()
     plain = -advantages * ratio
     clipped = -advantages * ratio.clamp(1 - clip_low, 1 + clip_high)
     loss, flat = torch.maximum(plain, clipped), clipped > plain
@@ -94,5 +97,8 @@ def token_weights(mask_BR: Tensor, aggregation: Literal["token_mean", "sequence_
 def entropy(logprobs_NV: Tensor) -> Tensor:
     """-sum of p log p over the vocabulary [N], in nats; a token of probability zero adds nothing."""
     finite_NV = logprobs_NV.clamp(min=torch.finfo(logprobs_NV.dtype).min)
-    entropies_N: Tensor = -torch.linalg.vecdot(logprobs_NV.exp(), finite_NV)
+    with torch.autocast(
+        logprobs_NV.device.type, enabled=False
+    ):  # it would take the product in half precision
+        entropies_N: Tensor = -torch.linalg.vecdot(logprobs_NV.exp(), finite_NV)
     return entropies_N

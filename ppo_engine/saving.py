@@ -149,7 +149,7 @@ class SavingTrainer(Trainer):
         given = {
             **self.ppo.model_dump(mode="json", exclude_defaults=True),
             "value_adapter": self.args.value_adapter,
-            "precision": "bf16" if self.args.bf16 else "fp16" if self.args.fp16 else "fp32",
+            "precision": "bf16" if self.args.bf16 else "fp32",
             "optim": str(getattr(self.args.optim, "value", self.args.optim)),
             "processes": self.plan.world_size,
         }
@@ -187,7 +187,12 @@ class SavingTrainer(Trainer):
     def extra_identity(self) -> dict[str, JsonValue]:
         """What must be the same for a run to go on, beside hyperparameters; a program has its spec."""
         adapter = self.args.model_adapter_name or DEFAULT_ADAPTER
-        return beside_hyperparameters(self.args) | adapter_settings(self.model.policy, adapter)
+        return {
+            "model": exports.base_of(self.model.policy).name,
+            "critic": self.model.critic,
+            **beside_hyperparameters(self.args),
+            **adapter_settings(self.model.policy, adapter),
+        }
 
     def load_checkpoint(self, directory: Path) -> None:
         """Go on from a checkpoint.

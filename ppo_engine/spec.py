@@ -199,7 +199,8 @@ def identity(spec: RunSpec) -> dict[str, JsonValue]:
     )  # not given, and given as it is by default
     shown = public(spec.model_copy(update={"method": method}))
     raw = {name: part for name, part in shown.items() if name in ("model", "method", "rewards")}
-    return {"prompts.train": spec.prompts.train, **dict(_flat(raw))}
+    own = {f"resources.{name}": getattr(spec.resources, name) for name in ("precision", "zero_stage")}
+    return {"prompts.train": spec.prompts.train, **own, **dict(_flat(raw))}
 
 
 def public(spec: RunSpec) -> dict[str, JsonValue]:

@@ -434,7 +434,7 @@ class PPOTrainer(SavingTrainer):
         return self.score_moments
 
     def _adapt_kl_coef(self, kl: float) -> None:
-        if self.ppo.adaptive_kl_target is not None:
+        if self.ppo.adaptive_kl_target is not None and self.state.global_step >= self.ppo.critic_warmup:
             self.kl_coef = adapted_kl_coef(
                 self.kl_coef,
                 kl,

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.learning.one TASK VARIANT SEED SCRATCH CURVE`: one run, in a process of its own."""
+"""`python -m benchmarks.learning.one --task … --variant … --seed … --curve …`: one run in a process."""
 
 import argparse
 import tempfile

@@ -133,7 +133,7 @@ class _Batch:
         kept = self.running_B.nonzero().squeeze(-1)
         if len(kept) == 0 or len(kept) > _SHRINK_AT * len(self.running_B):
             return
-        self.cache.batch_select_indices(kept)
+        self.cache.reorder_cache(kept)  # type: ignore[arg-type]  # which all kinds of layers have
         self.inputs_BT, self.mask_BT = self.inputs_BT[kept], self.mask_BT[kept]
         self.rows, self.running_B = self.rows[kept], self.running_B[kept]
 

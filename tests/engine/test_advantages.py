@@ -145,6 +145,7 @@ def test_what_an_estimator_differentiates_in_the_loss(
         (60.0, 0.1 * 1.02),  # the error counts as a fifth at most
         (-60.0, 0.1 * 0.98),  # k1 may be negative
         (math.inf, 0.1 * 1.02),
+        (math.nan, 0.1),  # not known: as it is
     ],
 )
 def test_the_kl_coefficient_is_steered(kl: float, expected: float) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import torch
-from transformers import DynamicCache, MistralConfig, MistralForCausalLM
+from transformers import DynamicCache, Lfm2Config, Lfm2ForCausalLM, MistralConfig, MistralForCausalLM
 
+from ppo_engine.draws import Purpose
 from ppo_engine.rollout.cache import GrowingLayer, growing_cache
+from ppo_engine.rollout.generate import Response, generate
+from ppo_engine.rollout.sampling import row_uniforms
 from tests.engine import tiny
 
 
@@ -18,8 +21,8 @@ def test_logits_are_those_of_transformers_cache_beyond_its_first_room() -> None:
         for step in range(150):
             if step == 20:  # a row leaves
                 kept = torch.tensor([0, 2])
-                ours.batch_select_indices(kept)
-                theirs.batch_select_indices(kept)
+                ours.reorder_cache(kept)
+                theirs.reorder_cache(kept)
                 ids = ids[kept]
             own = model(input_ids=ids, past_key_values=ours).logits
             assert torch.equal(own, model(input_ids=ids, past_key_values=theirs).logits)
@@ -57,3 +60,31 @@ def test_layers_of_other_kinds_stay_transformers_own() -> None:
         model(input_ids=ids[:, :-1], past_key_values=cache)
         stepped = model(input_ids=ids[:, -1:], past_key_values=cache).logits[:, -1]
     torch.testing.assert_close(stepped, whole)
+
+
+def test_rows_leave_the_state_of_layers_that_are_no_attention() -> None:
+    """Responses of a batch from which rows leave, against each row sampled alone."""
+    torch.manual_seed(0)
+    config = Lfm2Config(
+        vocab_size=16, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, layer_types=["conv", "full_attention"], pad_token_id=0, eos_token_id=1,
+        bos_token_id=2,
+    )  # fmt: skip
+    model = Lfm2ForCausalLM(config).eval()
+    prompts = [[3 + row % 10, 5] for row in range(12)]
+    uniforms = row_uniforms(0, 1, range(12), 12, Purpose.ROLLOUT)
+
+    def sampled(rows: list[int]) -> list[Response]:
+        return generate(
+            model,
+            [prompts[row] for row in rows],
+            uniforms[rows],
+            temperature=1.0,
+            stop_token_id=1,
+            batch_rows=12,
+            device=torch.device("cpu"),
+        )
+
+    together = sampled(list(range(12)))
+    assert len({len(response.ids) for response in together}) > 3
+    assert together == [sampled([row])[0] for row in range(12)]

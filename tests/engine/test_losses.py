@@ -186,3 +186,30 @@ def test_weighted_sums_are_the_means_they_are_called(lengths: list[int], more: i
     for aggregation, mean in means.items():
         weights = token_weights(mask, aggregation)  # type: ignore[arg-type]
         torch.testing.assert_close((losses * weights).sum() / weights.sum(), mean, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("advantage", "dual_clip"), [(1.0, None), (-1.0, 3.0), (-1.0, None), (1.0, 3.0)])
+def test_a_ratio_beyond_all_bounds_has_a_gradient_that_is_a_number(
+    advantage: float, dual_clip: float | None
+) -> None:
+    logprobs = torch.tensor([100.0, -100.0], requires_grad=True)
+    told = policy_loss(logprobs, torch.zeros(2), torch.full((2,), advantage), 0.2, 0.2, dual_clip)
+    told.loss.sum().backward()
+
+    assert logprobs.grad is not None
+    assert logprobs.grad.isfinite().all()
+    assert told.loss.isfinite().all()
+    assert told.approxkl.tolist() == [5000.0, 5000.0]
+
+
+def test_entropy_is_fp32_under_autocast_and_a_number_where_a_token_is_impossible() -> None:
+    logprobs = torch.tensor([[0.6, 0.3, 0.1, 0.0]]).log().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        entropies = entropy(logprobs)
+    entropies.sum().backward()
+
+    expected = -sum(p * math.log(p) for p in (0.6, 0.3, 0.1))
+    assert entropies.dtype == torch.float32
+    assert entropies.item() == pytest.approx(expected, rel=1e-6)
+    assert logprobs.grad is not None
+    assert logprobs.grad.isfinite().all()
