@@ -325,3 +325,12 @@ def test_the_result_holds_the_mean_loss_and_the_speed(tmp_path: Path) -> None:
     assert output.metrics["train_runtime"] > 0
     over = trainer(tmp_path, changes=EVERY_UPDATE).train(resume_from_checkpoint=True)
     assert math.isnan(over.training_loss)  # nothing was left to do
+
+
+def test_a_checkpoint_of_another_kind_of_critic_is_refused_by_name(tmp_path: Path) -> None:
+    made = trainer(tmp_path / "head")
+    made.save_checkpoint(tmp_path / "checkpoint-0")
+    other = trainer(tmp_path / "model", value_model=value_model())
+
+    with pytest.raises(CheckpointMismatch, match="critic: 'head' then, 'model' now"):
+        other.load_checkpoint(tmp_path / "checkpoint-0")

@@ -12,7 +12,17 @@ import regex
 from ppo_engine.findings import IDENTIFIER, NAME, rule_and_fix
 from ppo_engine.hyperparameters import Hyperparameters
 from ppo_engine.issues import MAX_ISSUES, SpecError, shown
-from ppo_engine.spec import SPEC_VERSION, Lora, RunSpec, ValueHead, ValueModel, critic, parse, upgrade
+from ppo_engine.spec import (
+    SPEC_VERSION,
+    Lora,
+    RunSpec,
+    ValueHead,
+    ValueModel,
+    critic,
+    identity,
+    parse,
+    upgrade,
+)
 
 
 def raw(**changes: Any) -> dict[str, Any]:
@@ -228,3 +238,12 @@ def test_the_contract_loads_no_torch(module: str) -> None:
     program = f"import sys, ppo_engine{module}; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
 
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(("field", "value"), [("precision", "bf16"), ("zero_stage", 2)])
+def test_precision_and_sharding_belong_to_a_run(field: str, value: object) -> None:
+    """A run does not go on with others; with another number of processes it is refused by its world size."""
+    name = f"resources.{field}"
+    own, other = (identity(parse(given)) for given in (raw(), raw(resources={field: value})))
+    assert {key for key in own if own[key] != other[key]} == {name}
+    assert other[name] == value
