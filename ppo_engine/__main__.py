@@ -13,7 +13,8 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from ppo_engine.issues import SpecError
+from ppo_engine.issues import Issue, SpecError
+from ppo_engine.redaction import redacted
 from ppo_engine.run_dir import Reason, Result, RunDir
 from ppo_engine.spec import RunSpec
 from ppo_engine.watch import Watch
@@ -51,11 +52,9 @@ def _run(run_dir: RunDir, attempt: int, watch: Watch) -> Result:
 
 def _train(run_dir: RunDir, spec: RunSpec, attempt: int, watch: Watch) -> Result:
     # torch is loaded only now: a spec that cannot be has been told by then.
-    import torch  # noqa: PLC0415
-
     from ppo_engine.checkpoint import CheckpointMismatch  # noqa: PLC0415
     from ppo_engine.learn import NotFinite  # noqa: PLC0415
-    from ppo_engine.memory import OutOfMemory  # noqa: PLC0415
+    from ppo_engine.memory import OutOfMemory, is_out_of_memory  # noqa: PLC0415
     from ppo_engine.program import run  # noqa: PLC0415
     from ppo_engine.rewards import RewardError  # noqa: PLC0415
 
@@ -67,20 +66,28 @@ def _train(run_dir: RunDir, spec: RunSpec, attempt: int, watch: Watch) -> Result
         return _failed("reward", error, watch)
     except (NotFinite, FloatingPointError) as error:
         return _failed("nan", error, watch)
-    except (OutOfMemory, torch.OutOfMemoryError, MemoryError) as error:
+    except OutOfMemory as error:
+        return _failed("oom", error, watch)
+    except (MemoryError, RuntimeError) as error:  # outside of what can be done with fewer rows
+        if not is_out_of_memory(error):
+            raise
         return _failed("oom", error, watch)
 
 
 def _failed(reason: Reason, error: BaseException, watch: Watch) -> Result:
     # What a user did wrong is told whole by the message; a trace is for faults, ours and those of plug-ins.
     if reason in ("crash", "oom") or (reason == "reward" and error.__cause__ is not None):
-        traceback.print_exception(error)
+        told = "".join(traceback.format_exception(error))
     else:
-        sys.stderr.write(f"{error}\n")
-    issues = tuple(error.issues) if isinstance(error, SpecError) else ()
-    message = f"{type(error).__name__}: {error}" if reason == "crash" else str(error)
+        told = f"{error}\n"
+    sys.stderr.write(redacted(told))  # the log has readers too
+    given = error.issues if isinstance(error, SpecError) else ()
+    issues = tuple(Issue(loc=issue.loc, msg=redacted(issue.msg)) for issue in given)
+    message = redacted(f"{type(error).__name__}: {error}" if reason == "crash" else str(error))
     return Result(outcome="failed", reason=reason, update=watch.progress, message=message, issues=issues)
 
 
 if __name__ == "__main__":
+    # Large tensors of a CPU in huge pages: the same numbers, sooner. torch reads it at its first one.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     sys.exit(main())

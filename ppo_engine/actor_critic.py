@@ -117,12 +117,15 @@ class ActorCritic(nn.Module):
         return causal_lm(self.policy).config
 
     def forward(self, *rows: Tensor, **asked: Any) -> TokenOutputs | Tensor:
-        """`token_outputs`, or with `of_reward=True` the `reward_scores`, of right-padded rows.
+        """`token_outputs` of right-padded rows; or with `of_reward=True` the `reward_scores`, or with
+        `of_value=True` the `values`.
 
         What is prepared for several processes has this one entrance.
         """
         if asked.pop("of_reward", False):
             return self.reward_scores(*rows, **asked)
+        if asked.pop("of_value", False):
+            return self.values(*rows, **asked)
         return self.token_outputs(*rows, **asked)
 
     def token_outputs(
@@ -154,6 +157,21 @@ class ActorCritic(nn.Module):
         values_N = self._values(trunk_ND, slots_BT, inputs) if with_value else None
         return TokenOutputs(logprobs_N, entropies_N, values_N)
 
+    def values(
+        self,
+        input_ids_BT: Tensor,
+        attention_mask_BT: Tensor,
+        prompt_lengths_B: Tensor,
+        response_lengths_B: Tensor,
+    ) -> Tensor:
+        """The values [N] alone, by a critic that has a forward of its own."""
+        assert self.critic in ("adapter", "model"), "the policy's own forward has the values, or none has"
+        slots_BT = response_slots(prompt_lengths_B, response_lengths_B, input_ids_BT.shape[1])
+        inputs = {"input_ids": input_ids_BT, "attention_mask": attention_mask_BT, "use_cache": False}
+        values_N = self._values(None, slots_BT, inputs)
+        assert values_N is not None
+        return values_N
+
     def reward_scores(
         self,
         input_ids_BT: Tensor,
@@ -171,7 +189,8 @@ class ActorCritic(nn.Module):
         heads: Any = getattr(self.policy, REWARD_HEADS)
         return heads[self.reward_adapter](last_BD)  # type: ignore[no-any-return]
 
-    def _values(self, hidden_ND: Tensor, slots_BT: Tensor, inputs: dict[str, Any]) -> Tensor | None:
+    def _values(self, hidden_ND: Tensor | None, slots_BT: Tensor, inputs: dict[str, Any]) -> Tensor | None:
+        """hidden_ND: the policy's, for a head on them."""
         if self.value_adapter is not None:
             with self._switch.computing_with(self.value_adapter):
                 hidden_ND = trunk(causal_lm(self.policy))(**inputs).last_hidden_state[slots_BT]

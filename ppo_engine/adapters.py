@@ -84,4 +84,18 @@ def _told(layers: list[Any]) -> list[tuple[Any, bool]]:
 
 def parameters_of(policy: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
     """An adapter's own weights, by name."""
-    return {name: parameter for name, parameter in policy.named_parameters() if f".{adapter}." in f"{name}."}
+    return {
+        before + adapter + after: weight for (before, after), weight in weights_of(policy, adapter).items()
+    }
+
+
+def weights_of(policy: nn.Module, adapter: str) -> dict[tuple[str, str], nn.Parameter]:
+    """An adapter's own weights, by what stands before and after the adapter in their names."""
+    found: dict[tuple[str, str], nn.Parameter] = {}
+    for place, part in policy.named_modules():
+        if isinstance(part, nn.ParameterDict) and adapter in part:
+            found[f"{place}.", ""] = part[adapter]
+        elif isinstance(part, nn.ModuleDict) and adapter in part:
+            own = part[adapter].named_parameters()
+            found |= {(f"{place}.", f".{name}"): weight for name, weight in own}
+    return found

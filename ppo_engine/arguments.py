@@ -5,7 +5,7 @@ This module moves and changes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,46 +14,98 @@ from torch import nn
 from ppo_engine.config import PPOConfig
 from ppo_engine.hyperparameters import Hyperparameters
 from ppo_engine.issues import Issue, SpecError, shown
+from ppo_engine.spec import check_best_metric
 
 
-def require_eval_prompts(args: PPOConfig, eval_dataset: Any) -> None:
-    """Raises SpecError where an evaluation is asked for, and nothing given to evaluate on."""
+def require_train_prompts(train_dataset: Any) -> None:
+    """Raises SpecError where there is nothing to train on."""
+    if train_dataset is None:
+        msg = "None given; a run needs prompts to train on: give a data set."
+        raise SpecError([Issue(loc=("train_dataset",), msg=msg)])
+
+
+def require_own_reference(model: nn.Module, ref_model: nn.Module | None) -> None:
+    """Raises SpecError where the reference would move with the policy."""
+    if ref_model is model:
+        msg = (
+            "The same object as model given; the reference would move with the policy: give a copy, or "
+            "None to have one made (with adapters: the base serves as the reference)."
+        )
+        raise SpecError([Issue(loc=("ref_model",), msg=msg)])
+
+
+def require_stop_token(environment: object, stop_token_id: int | None) -> None:
+    """Raises SpecError where a turn would have no end at which an environment could answer."""
+    if environment is not None and stop_token_id is None:
+        msg = "Given without a stop token, at which it would answer; give stop_token or stop_token_id."
+        raise SpecError([Issue(loc=("environment",), msg=msg)])
+
+
+def require_evaluations(args: PPOConfig, eval_dataset: Any) -> dict[str, Any]:
+    """The data sets to evaluate on, as `evaluation_sets` has them.
+
+    Raises:
+        SpecError: there are none, and an evaluation is asked for; or as `evaluation_sets`.
+    """
     if eval_dataset is None and (args.eval_on_start or args.eval_strategy != "no"):
         asked = "eval_on_start" if args.eval_on_start else "eval_strategy"
         msg = f"Nothing given, and {asked} asks for an evaluation; give prompts to evaluate on."
         raise SpecError([Issue(loc=("eval_dataset",), msg=msg)])
+    return evaluation_sets(eval_dataset)
 
 
-def require_own_metrics(data_sets: Collection[str]) -> None:
-    """Raises SpecError where the metrics of two evaluation sets, by their names, could be called the same."""
-    for name in data_sets:
-        for other in data_sets:
+def evaluation_sets(given: Any) -> dict[str, Any]:
+    """By what follows "eval" in the names of their metrics: nothing, or the name of each of several.
+
+    Raises:
+        SpecError: the metrics of two of them could be called the same.
+    """
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping):
+        return {"": given}
+    for name in given:
+        for other in given:
             if name.startswith(f"{other}/"):
                 msg = (
                     f"{shown(name)} given beside {shown(other)}; metrics of the one could have the names of "
                     "the other's: give a name that does not begin with another one and a slash."
                 )
                 raise SpecError([Issue(loc=("eval_dataset", name), msg=msg)])
+    return {f"/{name}": rows for name, rows in given.items()}
 
 
-def check_value_adapter(
-    args: PPOConfig, ppo: Hyperparameters, value_model: nn.Module | None, has_adapters: bool
+def require_best_metric(
+    args: PPOConfig, ppo: Hyperparameters, rewards: Sequence[str], evaluated: Mapping[str, Any]
 ) -> None:
-    """Raises SpecError where an adapter for the value is asked for, and there is no place for it."""
-    if not args.value_adapter:
-        return
+    """Raises SpecError where no metric of the run has the name that tells the best checkpoint.
+
+    rewards: their names. evaluated: as `require_evaluations` gives them.
+    """
+    evaluations = [] if args.eval_strategy == "no" else [f"eval{suffix}" for suffix in evaluated]
+    if issues := list(check_best_metric(ppo, rewards, evaluations)):
+        raise SpecError(issues)
+
+
+def check_critic(
+    args: PPOConfig, ppo: Hyperparameters, value_model: nn.Module | None, *, has_adapters: bool
+) -> None:
+    """Raises SpecError where a critic is given, or asked for, and there is no place for it."""
+    estimator = f"advantage_estimator {shown(ppo.advantage_estimator)}, which has no critic: leave it out"
     wrong = {
         "value_model, which is another critic: give one of them": value_model is not None,
-        f"advantage_estimator {shown(ppo.advantage_estimator)}, which has no critic: leave it out": (
-            not ppo.has_critic
-        ),
+        estimator: not ppo.has_critic,
         "full fine-tuning, which has no adapters: give peft_config, or leave it out": not has_adapters,
     }
     issues = [
         Issue(loc=("value_adapter",), msg=f"true given with {why}.")
         for why, is_wrong in wrong.items()
-        if is_wrong
+        if is_wrong and args.value_adapter
     ]
+    if value_model is not None and not ppo.has_critic:
+        issues.append(
+            Issue(loc=("value_model",), msg=f"A {type(value_model).__name__} given with {estimator}.")
+        )
     if issues:
         raise SpecError(issues)
 

@@ -35,6 +35,8 @@ class Rollout:
     columns: further columns of the row's prompt.
     written: of each response token, whether the policy wrote it; those it did not (a tool's answer) are read,
         and neither rewarded, nor discounted through, nor trained on. None: it wrote all.
+    logprobs, values: of each response token, and of the state before it, as sampling computed them. None:
+        it did not.
     """
 
     rows: list[int]
@@ -45,6 +47,8 @@ class Rollout:
     finished: list[bool]
     columns: list[dict[str, Any]]
     written: list[list[bool]] | None = None
+    logprobs: list[list[float]] | None = None
+    values: list[list[float]] | None = None
 
     def __post_init__(self) -> None:
         given = [entries for entries in vars(self).values() if entries is not None]
@@ -52,7 +56,8 @@ class Rollout:
         assert all(self.prompt_ids), "a prompt has tokens"
         assert all(self.response_ids), "a response has tokens"
         lengths = [len(ids) for ids in self.response_ids]
-        assert self.written is None or [len(row) for row in self.written] == lengths, "one flag per token"
+        for per_token in (self.written, self.logprobs, self.values):
+            assert per_token is None or [len(row) for row in per_token] == lengths, "one entry per token"
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -187,6 +192,13 @@ def unflatten_tokens(values_N: Tensor, lengths_B: Tensor, width: int) -> Tensor:
     """[N] → [B, width]: the inverse of `flatten_tokens`, zero beyond each row's length."""
     values_BR = values_N.new_zeros(len(lengths_B), width)
     return values_BR.masked_scatter(response_mask(lengths_B, width), values_N)
+
+
+def padded(rows: Sequence[Sequence[float]], device: torch.device) -> Tensor:
+    """[B, longest], fp32: a number per token, zero beyond each row's length."""
+    lengths_B = torch.tensor([len(row) for row in rows], device=device)
+    values_N = torch.tensor([value for row in rows for value in row], device=device)
+    return unflatten_tokens(values_N, lengths_B, max(map(len, rows)))
 
 
 def cut(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:

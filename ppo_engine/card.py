@@ -46,7 +46,8 @@ class Card:
     """What a model card says.
 
     settings: JSON; settings_name: what it is, such as "Spec". data: all prompts. rewards: weights by name.
-    update, updates: after how many of how many it was made. results, evaluation: the last metrics of each.
+    update, updates: after how many of how many it was made. further_steps: those of the next one that are in
+    it, which was given up where they were no longer finite. results, evaluation: the last metrics of each.
     """
 
     base: Base
@@ -58,6 +59,7 @@ class Card:
     updates: int
     results: Mapping[str, float]
     evaluation: Mapping[str, float] = field(default_factory=dict)
+    further_steps: int = 0
 
 
 def model_card(card: Card, *, is_adapter: bool, **metadata: Any) -> str:
@@ -69,7 +71,7 @@ def model_card(card: Card, *, is_adapter: bool, **metadata: Any) -> str:
     what = f"A LoRA adapter for {card.base}" if is_adapter else f"A language model, trained from {card.base}"
     parts = [
         f"---\n{_front_matter(card.base, is_adapter=is_adapter, **metadata)}\n---\n\n# Policy\n\n"
-        f"{what} by PPO: the policy after update {card.update} of {card.updates}.",
+        f"{what} by PPO: the policy after {_when(card)}.",
         f"## How to load it\n\n```python\n{_loading(card.base, is_adapter=is_adapter)}\n```",
         "## Data\n\n" + _table(("prompts", "rows", "sha256"), [vars(data).values() for data in card.data]),
         "## Rewards\n\nA response's score is the sum of these, each with its weight.\n\n"
@@ -83,6 +85,14 @@ def model_card(card: Card, *, is_adapter: bool, **metadata: Any) -> str:
         "## Made with\n\n" + _table(("package", "version"), [(name, version(name)) for name in _MADE_WITH])
     )
     return "\n\n".join(parts) + "\n"
+
+
+def _when(card: Card) -> str:
+    done = f"update {card.update} of {card.updates}"
+    if not card.further_steps:
+        return done
+    steps = "1 optimizer step" if card.further_steps == 1 else f"{card.further_steps} optimizer steps"
+    return f"{done}, and {steps} more; those that followed were not finite, and were not taken"
 
 
 def _front_matter(base: Base, *, is_adapter: bool, **metadata: Any) -> str:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from pydantic import JsonValue
 
+from ppo_engine.issues import Issue, SpecError
 from ppo_engine.parallel import Parallel
 from ppo_engine.retention import number
 from ppo_engine.run_dir import (
@@ -71,14 +72,42 @@ def write(
 
 def newest_whole(parent: Path, warn: Callable[[str], None], prefix: str = "update") -> Path | None:
     """The newest checkpoint whose files are those of its manifest; `warn` hears of each one passed over."""
+    damaged, newest = {}, None
     for update in reversed(named_updates(parent, prefix)):
         directory = parent / f"{prefix}-{update}"
-        manifest = read_manifest(directory)
-        wrong = "its manifest is gone" if manifest is None else damage(directory, manifest)
-        if wrong is None:
-            return directory
-        warn(f"checkpoint {directory.name} is damaged ({wrong}); the one before it is used.")
-    return None
+        if (wrong := fault(directory)) is None:
+            newest = directory
+            break
+        damaged[directory.name] = wrong
+    then = "no whole one is left, so the run begins anew" if newest is None else f"{newest.name} is used"
+    for name, wrong in damaged.items():
+        warn(f"checkpoint {name} is damaged ({wrong}); {then}.")
+    return newest
+
+
+def fault(directory: Path) -> str | None:
+    """What makes a directory no whole checkpoint, in words; None: nothing does."""
+    manifest = read_manifest(directory)
+    return "its manifest is gone" if manifest is None else damage(directory, manifest)
+
+
+def require_whole(directory: Path) -> None:
+    """Raises SpecError where a script names what is no whole checkpoint, with the file that is damaged."""
+    wrong = fault(directory) if directory.is_dir() else "there is no such directory"
+    if wrong is not None:
+        msg = (
+            f"{directory} given, which is no whole checkpoint ({wrong}): give another one, or True for the "
+            "newest whole one in output_dir."
+        )
+        raise SpecError([Issue(loc=("resume_from_checkpoint",), msg=msg)])
+
+
+def is_of(directory: Path, run: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint says that it is of this run."""
+    try:
+        return not _differing(read_run_state(directory)["run"], run)
+    except (OSError, ValueError, KeyError, TypeError):  # it cannot be read, and may be anybody's
+        return False
 
 
 def metric_at(directory: Path, metric: str | None) -> float | None:
@@ -97,12 +126,24 @@ def read_run_state(directory: Path) -> dict[str, Any]:
     return state
 
 
-def require_same(saved: dict[str, Any], current: dict[str, Any]) -> None:
+def require_alike(directory: Path, known: Mapping[str, Any]) -> None:
+    """Raises CheckpointMismatch where a checkpoint is of another run, by what is known of this one."""
+    try:
+        saved = read_run_state(directory)["run"]
+    except (OSError, ValueError, KeyError):  # it is damaged, and will be passed over
+        return
+    require_same({name: saved.get(name) for name in known}, known)
+
+
+def require_same(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
     """Raises CheckpointMismatch with the names of all fields that differ, and both values."""
-    names = sorted(name for name in saved.keys() | current.keys() if saved.get(name) != current.get(name))
-    if names:
+    if names := _differing(saved, current):
         told = "; ".join(f"{name}: {saved.get(name)!r} then, {current.get(name)!r} now" for name in names)
         raise CheckpointMismatch(f"the checkpoint belongs to a run with other settings ({told}).")
+
+
+def _differing(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    return sorted(name for name in saved.keys() | current.keys() if saved.get(name) != current.get(name))
 
 
 def differences(saved: Mapping[str, Any]) -> list[str]:

@@ -1,13 +1,12 @@
 """`PPOConfig`: the trainer's arguments for scripts, under TRL 1.12's names, and the bridge from a spec.
 
-It inherits every field of `transformers.TrainingArguments`. Each is either honoured by the PPO loop or
-refused unless it has its default: no argument is read and then forgotten.
+It inherits every field of `transformers.TrainingArguments`; which of them are honoured stands in `inherited`.
 This module knows no models and no data.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,19 +24,12 @@ from ppo_engine.hyperparameters import (
     check_missing_stop,
     is_greater_better,
 )
+from ppo_engine.inherited import refused_arguments, refused_values
 from ppo_engine.issues import Issue, SpecError, issues_of, shown
 from ppo_engine.parallel import before_processes_meet
-from ppo_engine.plan import (
-    Schedule,
-    check,
-    check_batches,
-    check_lengths,
-    check_policy,
-    check_prompt_lengths,
-    check_targets,
-    schedule,
-)
+from ppo_engine.plan import Schedule, check, check_batches, schedule
 from ppo_engine.reporting import check_trackers
+from ppo_engine.role_rules import check_lengths, check_policy, check_prompt_lengths, check_targets
 from ppo_engine.spec import PromptLengths, RunSpec, ValueAdapter, critic
 
 
@@ -60,7 +52,8 @@ class PPOConfig(TrainingArguments):
     logging_steps: float = _option(10, "Updates between two logs; below 1: a share of the run.")
     gradient_checkpointing: bool | None = _option(True, "Recompute activations in the backward pass.")
     bf16: bool | None = _option(  # type: ignore[assignment]
-        None, "bf16 mixed precision. Not given: on where the accelerator has it."
+        None,
+        "bf16 mixed precision. Not given: as accelerate launch is told, or where the accelerator has it.",
     )
     dataset_num_proc: int | None = _option(None, "For scripts: processes that prepare the data set.")
     num_mini_batches: int = _option(1, "Mini-batches a batch is cut into: optimizer steps per epoch.")
@@ -138,8 +131,8 @@ class PPOConfig(TrainingArguments):
     given_world_size: ClassVar[int | None] = None
 
     def __post_init__(self) -> None:
-        if self.bf16 is None:
-            self.bf16 = not self.use_cpu and is_torch_bf16_gpu_available()
+        if issues := _settle_precision(self):
+            raise SpecError(issues)
         if self.greater_is_better is None and self.metric_for_best_model is not None:
             self.greater_is_better = is_greater_better(self.metric_for_best_model)
         if self.activation_checkpointing is None:  # TRL's name is transformers' deprecated alias
@@ -147,7 +140,11 @@ class PPOConfig(TrainingArguments):
             self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs
         before_processes_meet()
         super().__post_init__()  # type: ignore[no-untyped-call]
-        issues = [*refused_arguments(self), *refused_values(self), *check_trackers(self.report_to or ())]
+        issues = [
+            *refused_arguments(self, PPOConfig.__annotations__),
+            *refused_values(self),
+            *check_trackers(self.report_to or ()),
+        ]
         ppo = hyperparameters(self)
         prompt_lengths(self)
         assert self.world_size is not None, "read, it is the number of processes"
@@ -177,6 +174,28 @@ class PPOConfig(TrainingArguments):
             eval_steps=spec.ppo.eval_steps,
             **{**given, "logging_steps": 1, **overrides},
         )
+
+
+def _settle_precision(args: PPOConfig) -> list[Issue]:
+    """Turn bf16 on or off: as it is given, or the launcher was told, or the accelerator has it.
+
+    `accelerate launch` says "no" also where its user has said nothing, so that contradicts nothing.
+    """
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    has_bf16 = is_torch_bf16_gpu_available()
+    given = args.bf16
+    if given is None:
+        args.bf16 = launched == "bf16" or (not args.use_cpu and has_bf16)
+    if launched not in ("no", "bf16") or (launched == "bf16" and given is False):
+        msg = (
+            f"{shown(given)} given, and mixed precision {shown(launched)} to accelerate launch (variable "
+            "ACCELERATE_MIXED_PRECISION); PPOTrainer trains in bf16 or in fp32: give both bf16, or none."
+        )
+    elif args.bf16 and not args.use_cpu and not has_bf16:
+        msg = "true given; no accelerator here computes in it: leave it out, or give use_cpu."
+    else:
+        return []
+    return [Issue(loc=("bf16",), msg=msg)]
 
 
 _HYPERPARAMETERS = tuple(name for name in Hyperparameters.model_fields if name != "eval_steps")
@@ -233,6 +252,7 @@ def beside_hyperparameters(args: PPOConfig) -> dict[str, JsonValue]:
         "optim_args": args.optim_args,
         "lr_scheduler_type": SchedulerType(args.lr_scheduler_type).value,
         "lr_scheduler_kwargs": args.lr_scheduler_kwargs,
+        "warmup_steps": args.warmup_steps,
     }
 
 
@@ -298,113 +318,3 @@ def _set_world_size(args: PPOConfig, given: int | None) -> None:
 # TRL's argument hides a property of TrainingArguments that Trainer needs: what is given is kept beside it,
 # to be checked, and what is read is the number of processes there really are.
 PPOConfig.world_size = property(TrainingArguments.world_size.fget, _set_world_size)  # type: ignore
-
-
-# Inherited arguments --------------------------------------------------------------------------------------
-
-HONOURED = frozenset(
-    {
-        "activation_checkpointing",
-        "activation_checkpointing_kwargs",
-        "adam_beta1",
-        "adam_beta2",
-        "adam_epsilon",
-        "bf16",
-        "ddp_backend",
-        "ddp_timeout",
-        "deepspeed",
-        "disable_tqdm",
-        "eval_on_start",
-        "eval_steps",
-        "eval_strategy",
-        "full_determinism",
-        "gradient_accumulation_steps",
-        "gradient_checkpointing",
-        "gradient_checkpointing_kwargs",
-        "greater_is_better",
-        "hub_model_id",
-        "hub_private_repo",
-        "hub_revision",
-        "hub_strategy",
-        "hub_token",
-        "learning_rate",
-        "log_level",
-        "log_level_replica",
-        "log_on_each_node",
-        "logging_first_step",
-        "logging_steps",
-        "logging_strategy",
-        "lr_scheduler_kwargs",
-        "lr_scheduler_type",
-        "max_grad_norm",
-        "metric_for_best_model",
-        "num_train_epochs",
-        "optim",
-        "optim_args",
-        "output_dir",
-        "per_device_eval_batch_size",
-        "per_device_train_batch_size",
-        "project",
-        "push_to_hub",
-        "report_to",
-        "restore_callback_states_from_checkpoint",
-        "run_name",
-        "save_steps",
-        "save_strategy",
-        "save_total_limit",
-        "seed",
-        "tf32",
-        "trackio_bucket_id",
-        "trackio_space_id",
-        "trackio_static_space_id",
-        "use_cpu",
-        "warmup_steps",
-        "weight_decay",
-    }
-)
-"""Inherited arguments that do in the PPO loop what their help says."""
-
-FOR_SCRIPTS = frozenset({"do_eval", "do_predict", "do_train", "local_rank", "resume_from_checkpoint"})
-"""Inherited arguments that Trainer itself never reads: scripts and launchers do.
-Every argument that is in neither set must keep its default."""
-
-_BY_STEPS = ("no", "steps")  # a pass over the prompts is no unit of PPO, which counts updates
-_BY_METRIC = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
-_BY_OWN_LOOP = ("lomo", "galore", "apollo", "schedule_free")  # they need more of a loop than step()
-HONOURED_VALUES: dict[str, tuple[str, ...]] = {
-    "eval_strategy": _BY_STEPS,
-    "logging_strategy": _BY_STEPS,
-    "save_strategy": _BY_STEPS,
-    "hub_strategy": ("every_save", "end"),  # the others push checkpoints, which hold critic and optimizer
-    "lr_scheduler_type": tuple(kind.value for kind in SchedulerType if kind not in _BY_METRIC),
-    "optim": tuple(
-        name.value for name in OptimizerNames if not any(word in name.value for word in _BY_OWN_LOOP)
-    ),
-}
-"""Of honoured arguments, the values that are."""
-
-
-def refused_values(args: PPOConfig) -> list[Issue]:
-    """One issue for each honoured argument whose value is not."""
-    return [
-        Issue(
-            loc=(name,),
-            msg=f"{shown(given)} given; PPOTrainer honours {', '.join(honoured)}: choose of these.",
-        )
-        for name, honoured in HONOURED_VALUES.items()
-        if (given := str(getattr(args, name).value)) not in honoured
-    ]
-
-
-def refused_arguments(args: PPOConfig) -> list[Issue]:
-    """One issue for each inherited argument that is given and not honoured."""
-    untouched = TrainingArguments(output_dir=args.output_dir, use_cpu=args.use_cpu, report_to="none")
-    return [
-        Issue(
-            loc=(inherited.name,),
-            msg=f"{shown(given)} given; PPOTrainer does not honour this argument: leave it out.",
-        )
-        for inherited in dataclasses.fields(TrainingArguments)
-        if inherited.name not in HONOURED | FOR_SCRIPTS | PPOConfig.__annotations__.keys()
-        if (given := getattr(args, inherited.name)) != getattr(untouched, inherited.name)
-    ]

@@ -18,6 +18,10 @@ EventType = Literal[
     "started", "metrics", "samples", "evaluation", "checkpoint", "rewound", "warning", "finished"
 ]
 
+BEGUN_AGAIN = "warning:begun_again:"
+"""How the key begins of the warning that memory has ended, and that this engine was told to take less. Its
+numbers are the `Halvings`."""
+
 
 class Event(BaseModel):
     """One thing a run said.

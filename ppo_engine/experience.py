@@ -24,7 +24,7 @@ from ppo_engine.advantages import (
     token_rewards,
     whiten,
 )
-from ppo_engine.batch import Experience, Rollout, response_mask, unflatten_tokens
+from ppo_engine.batch import Experience, Rollout, padded, response_mask, unflatten_tokens
 from ppo_engine.hyperparameters import Hyperparameters
 from ppo_engine.losses import token_weights
 from ppo_engine.rewards import Scores
@@ -61,7 +61,7 @@ def experience_of(
     kl_BR = torch.where(mask_BR, kl_BR, 0.0)
     scores_B, dense_BR = shaped_scores(
         torch.tensor(scores.scores, device=device),
-        None if scores.dense is None else _padded(scores.dense, lengths_B, width),
+        None if scores.dense is None else padded(scores.dense, device),
         score_moments,
         ppo.score_scale,
         ppo.score_clip,
@@ -118,8 +118,3 @@ def _written(rollout: Rollout, lengths_B: Tensor, width: int) -> Tensor:
         return response_mask(lengths_B, width)
     flags_N = torch.tensor([flag for row in rollout.written for flag in row], device=lengths_B.device)
     return unflatten_tokens(flags_N, lengths_B, width)
-
-
-def _padded(rows: list[list[float]], lengths_B: Tensor, width: int) -> Tensor:
-    values_N = torch.tensor([value for row in rows for value in row], device=lengths_B.device)
-    return unflatten_tokens(values_N, lengths_B, width)

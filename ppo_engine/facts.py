@@ -24,7 +24,10 @@ _EMBEDDINGS = ("embed", "wte", "wpe", "shared")
 _PROMPT_COLUMNS = {"prompt", "input_ids", "attention_mask"}  # rewards get them in fields of their own
 ADAPTED = "base_model.model."  # what peft puts before the names of weights
 REWARD_HEAD = "score.weight"
+_CLASSIFIERS = (REWARD_HEAD, "classifier.weight", "classifier.out_proj.weight")  # of decoders, of encoders
 OUTPUT_LAYERS = ("lm_head", "embed_out", "output_layer", "score", "classifier")
+_TIED_OUTPUT = "lm_head"  # what nearly every architecture calls it
+_STARTS_BESIDE_THE_BASE = ("gaussian", "eva", "orthogonal", "mica")  # of peft's `init_lora_weights`
 
 
 _Shapes = Mapping[str, tuple[int, ...]]
@@ -51,6 +54,7 @@ class ModelFacts(BaseModel):
     context_length: most positions. hidden_size: width of the trunk.
     parameters: number of weights stored. weight_bytes: their size on disk.
     linears: two-dimensional weights that are neither embeddings nor output layers, name → shape.
+    modules: parameters of every module that has some of its own, by name; a tied output layer among them.
     output_layers: parameters of those stored, such as `lm_head` or `score`, by name.
     labels: outputs of a classification head. has_padding: whether config or tokenizer name a padding token.
     """
@@ -67,6 +71,7 @@ class ModelFacts(BaseModel):
     parameters: int | None = None
     weight_bytes: int | None = None
     linears: dict[str, tuple[int, int]] = {}
+    modules: dict[str, int] = {}
     output_layers: dict[str, int] = {}
     has_padding: bool | None = None
     tokenizer: TokenizerFacts | None = None
@@ -93,6 +98,7 @@ class AdapterFacts(BaseModel):
     """What the directory of a LoRA adapter tells.
 
     target_modules: None where it holds a pattern instead of names.
+    modules_to_save: what was trained whole beside it; its weights are `whole` of the `parameters`.
     base_model: what its config calls the model that it was trained on.
     changes: the modules it changes, name → (outputs, inputs).
     head: labels and width of a score head, which makes it a reward.
@@ -103,7 +109,9 @@ class AdapterFacts(BaseModel):
     r: int | None = None
     lora_alpha: int | None = None
     target_modules: tuple[str, ...] | None = None
+    modules_to_save: tuple[str, ...] = ()
     parameters: int | None = None
+    whole: int = 0
     base_model: str | None = None
     changes: dict[str, tuple[int, int]] = {}
     head: tuple[int, int] | None = None
@@ -186,6 +194,7 @@ def read_model_facts(path: Path) -> ModelFacts:
         parameters=sum(map(prod, shapes.values())) if tensors else None,
         weight_bytes=sum(prod(shape) * size for shape, size in tensors.values()) if tensors else None,
         linears=linears(shapes),
+        modules=modules(shapes, _first(text, "vocab_size")),
         output_layers=_output_layers(shapes),
         has_padding=_has_padding(text, tokenizer),
         tokenizer=tokenizer,
@@ -196,26 +205,52 @@ def read_adapter_facts(path: Path) -> AdapterFacts:
     """Read the facts of an adapter's directory, in peft's layout.
 
     Raises:
-        FactsError: there is no directory, no readable `adapter_config.json`, the adapter is no LoRA, or its
-            weights are not safetensors.
+        FactsError: there is no directory, no readable `adapter_config.json`, the adapter is no LoRA, or not
+            of a base that stays as it is, or its weights are not safetensors.
     """
     config = _read_config(path, "adapter_config.json")
     if config.get("peft_type") != "LORA":
         raise FactsError(f"{path} has an adapter of type {shown(config.get('peft_type'))}; give a LoRA.")
+    if (reason := why_base_changes(config.get("init_lora_weights"), config.get("bias"))) is not None:
+        raise FactsError(f"{path} has an adapter with {reason}")
     weights = path / "adapter_model.safetensors"
     if not weights.is_file():
         raise FactsError(f"{path} has no {weights.name}; save the adapter again as safetensors.")
     targets, base = config.get("target_modules"), config.get("base_model_name_or_path")
+    saved = config.get("modules_to_save")
     shapes = {name.removeprefix(ADAPTED): shape for name, (shape, _) in _read_header(weights).items()}
     return AdapterFacts(
         r=_first(config, "r"),
         lora_alpha=_first(config, "lora_alpha"),
         target_modules=tuple(sorted(map(str, targets))) if isinstance(targets, list) else None,
+        modules_to_save=tuple(sorted(map(str, saved))) if isinstance(saved, list) else (),
         parameters=sum(map(prod, shapes.values())),
+        whole=sum(prod(shape) for name, shape in shapes.items() if ".lora_" not in name),
         base_model=base if isinstance(base, str) and base else None,
         changes=_changes(shapes),
         head=_matrix(shapes.get(REWARD_HEAD)),
     )
+
+
+def why_base_changes(init_lora_weights: object, bias: object) -> str | None:
+    """Why the base would not stay as it was under an adapter of this peft config, and what to do; or None.
+
+    The base without adapters is the reference, and is what others load an exported adapter on.
+    """
+    start = init_lora_weights.lower() if isinstance(init_lora_weights, str) else init_lora_weights
+    if not (start is None or isinstance(start, bool) or start in _STARTS_BESIDE_THE_BASE):
+        return (
+            f"init_lora_weights {shown(init_lora_weights)}, which changes the base's own weights, and the "
+            f"base without adapters is the reference: give true or one of {shown(_STARTS_BESIDE_THE_BASE)}. "
+            "One that is trained already becomes a plain LoRA where peft saves it with "
+            "path_initial_model_for_weight_conversion."
+        )
+    if bias not in (None, "none"):
+        return (
+            f"bias {shown(bias)}, whose biases are the base's own, and the base without adapters is the "
+            'reference: give "none", or lora_bias true, for biases of the adapter.'
+        )
+    return None
 
 
 def _changes(shapes: _Shapes) -> dict[str, tuple[int, int]]:
@@ -266,8 +301,9 @@ def _first(config: dict[str, Any], *names: str) -> int | None:
 
 def _labels(config: dict[str, Any], shapes: _Shapes) -> int | None:
     """From the head where it is stored: a config leaves its default of two labels out."""
-    if "score.weight" in shapes:
-        return shapes["score.weight"][0]
+    for head in _CLASSIFIERS:
+        if head in shapes:
+            return shapes[head][0]
     names = config.get("id2label")
     return len(names) if isinstance(names, dict) else _first(config, "num_labels")
 
@@ -308,10 +344,30 @@ def linears(shapes: _Shapes) -> dict[str, tuple[int, int]]:
     for name, shape in shapes.items():
         module = name.removesuffix(".weight")
         is_matrix = len(shape) == 2 and name.endswith(".weight")
-        is_embedding = any(word in module.rsplit(".", 1)[-1] for word in _EMBEDDINGS)
-        if is_matrix and not is_embedding and _output_layer(name) is None:
+        if is_matrix and not _is_embedding(name, shape, None) and _output_layer(name) is None:
             found[module] = (shape[0], shape[1])
     return found
+
+
+def modules(shapes: _Shapes, vocab_size: int | None) -> dict[str, int]:
+    """Of all weights, how many each module has of its own.
+
+    An output layer that is tied to the embedding is not stored: it counts as the embedding does.
+    """
+    counts: dict[str, int] = {}
+    for name, shape in shapes.items():
+        module = name.rpartition(".")[0]
+        counts[module] = counts.get(module, 0) + prod(shape)
+    embeddings = [prod(shape) for name, shape in shapes.items() if _is_embedding(name, shape, vocab_size)]
+    if embeddings and not _output_layers(shapes):
+        counts[_TIED_OUTPUT] = embeddings[0]
+    return counts
+
+
+def _is_embedding(name: str, shape: tuple[int, ...], rows: int | None) -> bool:
+    *_, module, kind = ["", *name.split(".")]
+    is_matrix = kind == "weight" and len(shape) == 2 and rows in (None, shape[0])
+    return is_matrix and any(word in module for word in _EMBEDDINGS)
 
 
 def _output_layers(shapes: _Shapes) -> dict[str, int]:

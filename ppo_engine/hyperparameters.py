@@ -138,7 +138,8 @@ class Hyperparameters(Part):
     weight_decay: NonNegative = 0.0
     """AdamW's pull of weights towards 0."""
     max_grad_norm: NonNegative = 1.0
-    """Gradients are scaled down to this norm; 0: never."""
+    """Gradients are scaled down to this norm; 0: never. A step whose norm or loss is not finite is not taken;
+    after three of them in a row the run ends."""
     seed: Whole = 42
     """Of every draw: order of prompts, sampling, shuffles, new weights."""
     gradient_checkpointing: bool = False
@@ -146,7 +147,7 @@ class Hyperparameters(Part):
     save_steps: Count = 50
     """Updates between checkpoints; the last update always makes one."""
     save_total_limit: Count | None = 2
-    """So many of the last checkpoints are kept, and the best one; null: all of them."""
+    """So many of the last whole checkpoints of the run are kept, and the best one; null: all of them."""
     metric_for_best_model: str | None = Field(default=None, min_length=1)
     """The metric that tells which checkpoint is the best; null: none is kept for that."""
     greater_is_better: bool | None = None

@@ -27,7 +27,14 @@ _MAX_SKIPPED = 3  # steps in a row with a loss or norm that is not finite, befor
 
 
 class NotFinite(ArithmeticError):
-    """The loss or the gradients were NaN or infinite, step after step; nothing of them was applied."""
+    """The loss or the gradients were NaN or infinite, step after step; nothing of them was applied.
+
+    steps_taken: of the same update, those before them that were.
+    """
+
+    def __init__(self, message: str, steps_taken: int) -> None:
+        super().__init__(message)
+        self.steps_taken = steps_taken
 
 
 _STATS = ("policy_loss", "approxkl", "clipfrac", "entropy", "ratio", "kl", "value_loss", "value_clipfrac")
@@ -58,6 +65,11 @@ class UpdateStats:
     steps: list[StepStats] = field(default_factory=list)
     stopped_early: bool | None = None
 
+    @property
+    def taken(self) -> int:
+        """Steps that were: those that were not finite are in the list too."""
+        return sum(step.grad_norm is not None for step in self.steps)
+
     def metrics(self, *, with_critic: bool) -> dict[str, float]:
         """Means over steps of each step's weighted mean over tokens, under TRL's names and a few more.
 
@@ -80,8 +92,8 @@ class UpdateStats:
             "val/ratio": average["ratio"],
             "val/ratio_var": ratios.var(correction=1).item() if len(ratios) > 1 else 0.0,
             **stopped,
-            "optimizer_steps": float(len(norms)),
-            "optimizer_steps_skipped": float(len(self.steps) - len(norms)),
+            "optimizer_steps": float(self.taken),
+            "optimizer_steps_skipped": float(len(self.steps) - self.taken),
         }
 
 
@@ -101,6 +113,26 @@ def share_rows(
     return [share + [[]] * (count - len(share)) for share in shares]
 
 
+class _PerToken:
+    """Numbers [B, R] of a rollout's response tokens, zero beyond each row's length; each process fills in its
+    rows."""
+
+    def __init__(self, rollout: Rollout, parallel: Parallel) -> None:
+        self._parallel = parallel
+        self._lengths_B = torch.tensor([len(ids) for ids in rollout.response_ids], device=parallel.device)
+        self._values_BR = torch.zeros(len(rollout), int(self._lengths_B.max()), device=parallel.device)
+
+    def put(self, rows: Sequence[int], values_N: Tensor) -> None:
+        """What a forward over these rows has returned; over none, it was to keep step."""
+        if rows:
+            width = self._values_BR.shape[1]
+            self._values_BR[rows] = unflatten_tokens(values_N, self._lengths_B[rows], width)
+
+    def whole(self) -> Tensor:
+        """Each row was scored by one process; the others hold zeros."""
+        return self._parallel.sum(self._values_BR)
+
+
 class Learner:
     """The prepared module with its optimizer, and what PPO does with them."""
 
@@ -114,7 +146,7 @@ class Learner:
     ) -> None:
         self.parallel, self.module, self.optimizer, self.ppo = parallel, module, optimizer, ppo
         self.room = room
-        self._skipped = 0
+        self.skipped = 0  # steps in a row so far; a checkpoint has it
 
     def token_outputs(
         self,
@@ -150,23 +182,25 @@ class Learner:
         with_value: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """Log-probabilities and values [B, R] of all rows' response tokens, zero beyond a row's length."""
-        lengths_B = torch.tensor([len(ids) for ids in rollout.response_ids], device=self.parallel.device)
-        logprobs_BR = torch.zeros(len(rollout), int(lengths_B.max()), device=self.parallel.device)
-        values_BR = torch.zeros_like(logprobs_BR)
+        logprobs, values = _PerToken(rollout, self.parallel), _PerToken(rollout, self.parallel)
 
         def score_rows(rows: Sequence[int]) -> None:
             outputs = self.token_outputs(
                 module, rollout.prompt_ids, rollout.response_ids, rows, with_value=with_value
             )
-            if rows:
-                width = logprobs_BR.shape[1]
-                logprobs_BR[rows] = unflatten_tokens(outputs.logprobs_N, lengths_B[rows], width)
-                if outputs.values_N is not None:
-                    values_BR[rows] = unflatten_tokens(outputs.values_N, lengths_B[rows], width)
+            logprobs.put(rows, outputs.logprobs_N)
+            if outputs.values_N is not None:
+                values.put(rows, outputs.values_N)
 
         self._score_all(rollout, score_rows)
-        # Each row was scored by one process; the others hold zeros.
-        return self.parallel.sum(logprobs_BR), self.parallel.sum(values_BR) if with_value else None
+        return logprobs.whole(), values.whole() if with_value else None
+
+    @torch.no_grad()
+    def values(self, rollout: Rollout) -> Tensor:
+        """Values [B, R] by a critic with a forward of its own, zero beyond a row's length."""
+        values = _PerToken(rollout, self.parallel)
+        self._score_all(rollout, lambda rows: values.put(rows, self._forward(rollout, rows, of_value=True)))
+        return values.whole()
 
     @torch.no_grad()
     def reward_scores(self, rollout: Rollout) -> list[float]:
@@ -177,20 +211,24 @@ class Learner:
         scores_B = torch.zeros(len(rollout), device=self.parallel.device)
 
         def score_rows(rows: Sequence[int]) -> None:
-            batch = collate(rollout.prompt_ids, rollout.response_ids, rows, 0, self.parallel.device)
-            scores = self.module(
-                batch.input_ids_BT,
-                batch.attention_mask_BT,
-                batch.prompt_lengths_B,
-                batch.response_lengths_B,
-                of_reward=True,
-            )
+            scores = self._forward(rollout, rows, of_reward=True)
             if rows:
                 scores_B[rows] = scores
 
         self._score_all(rollout, score_rows)
         summed: list[float] = self.parallel.sum(scores_B).tolist()
         return summed
+
+    def _forward(self, rollout: Rollout, rows: Sequence[int], **asked: bool) -> Tensor:
+        batch = collate(rollout.prompt_ids, rollout.response_ids, rows, 0, self.parallel.device)
+        outputs: Tensor = self.module(
+            batch.input_ids_BT,
+            batch.attention_mask_BT,
+            batch.prompt_lengths_B,
+            batch.response_lengths_B,
+            **asked,
+        )
+        return outputs
 
     def _score_all(self, rollout: Rollout, score_rows: Callable[[Sequence[int]], None]) -> None:
         """Call it with this process's micro-batches of a rollout."""
@@ -211,7 +249,7 @@ class Learner:
         mini-batch in which the policy wrote nothing takes no step.
 
         Raises:
-            NotFinite: loss or gradients were not finite too many times in a row.
+            NotFinite: loss or gradients were not finite in three steps in a row.
         """
         stats = UpdateStats(stopped_early=None if self.ppo.early_stop_kl is None else False)
         size = len(experience) // self.ppo.num_mini_batches
@@ -225,6 +263,7 @@ class Learner:
                     continue
                 step = self._step(experience, rows, kl_coef, critic_only)
                 stats.steps.append(step)
+                self._count_skipped(stats, update)
                 if self._has_moved_too_far(step) and len(stats.steps) < last:
                     stats.stopped_early = True
                     return stats
@@ -261,7 +300,6 @@ class Learner:
         sums = self.parallel.sum(self.room.do("update", budget, attempt, self._cut(rows, lengths), undo))
         stats = StepStats(sums[:-1], weight)
         stats.grad_norm = self.parallel.step(self.module, self.optimizer, float(sums[-1]))
-        self._count_skipped(stats.grad_norm)
         return stats
 
     def _shares(self, rows: Sequence[int], lengths: Sequence[int], budget: int) -> list[list[list[int]]]:
@@ -271,9 +309,7 @@ class Learner:
         """What a budget of tokens comes to, over all processes."""
 
         def cut_by(budget: int) -> Cut:
-            micro_batches = [part for share in self._shares(rows, lengths, budget) for part in share if part]
-            areas = [len(part) * max(lengths[row] for row in part) for part in micro_batches]
-            return Cut(max(map(len, micro_batches)), max(areas))
+            return Cut.of([part for share in self._shares(rows, lengths, budget) for part in share], lengths)
 
         return cut_by
 
@@ -331,10 +367,12 @@ class Learner:
         sums += [torch.zeros_like(sums[0])] * (len(_STATS) - len(sums))
         return (loss_N * tokens.weights_N).sum(), torch.stack(sums)
 
-    def _count_skipped(self, grad_norm: float | None) -> None:
-        self._skipped = 0 if grad_norm is not None else self._skipped + 1
-        if self._skipped >= _MAX_SKIPPED:
+    def _count_skipped(self, stats: UpdateStats, update: int) -> None:
+        self.skipped = 0 if stats.steps[-1].grad_norm is not None else self.skipped + 1
+        if self.skipped >= _MAX_SKIPPED:
             raise NotFinite(
-                f"loss or gradients were not finite in {self._skipped} optimizer steps in a row; none was "
-                "applied: lower learning_rate, or look at the rewards."
+                f"loss or gradients were not finite in {self.skipped} optimizer steps in a row, the last in "
+                f"update {update} (steps taken in it: {stats.taken}); none of them was applied: lower "
+                "learning_rate, or look at the rewards.",
+                stats.taken,
             )

@@ -22,9 +22,10 @@ from peft import (
     set_peft_model_state_dict,
 )
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from ppo_engine.adapters import parameters_of
 from ppo_engine.facts import (
     ADAPTED,
     REWARD_HEAD,
@@ -37,12 +38,13 @@ from ppo_engine.facts import (
     read_adapter_facts,
 )
 from ppo_engine.issues import Issue, Loc, SpecError, shown
-from ppo_engine.model_sources import HubModel, LocalModel, ModelSource, public_name
-from ppo_engine.plan import check_adapter, check_base, check_head
+from ppo_engine.memory import is_out_of_memory
+from ppo_engine.model_sources import HubData, HubModel, LocalModel, ModelSource, public_name
 from ppo_engine.prompts import read_jsonl
+from ppo_engine.role_rules import check_adapter, check_base, check_head, check_saved_modules
 from ppo_engine.roles import add_reward_head, check_value_model, facts_of, with_new_adapter
 from ppo_engine.run_dir import RunDir
-from ppo_engine.spec import DEFAULT_ADAPTER, Lora, RunSpec, ValueModel, critic, sources, trained_from
+from ppo_engine.spec import DEFAULT_ADAPTER, Lora, RunSpec, ValueModel, critic, data_id, sources, trained_from
 
 
 @dataclass(frozen=True)
@@ -75,12 +77,23 @@ def read_facts(spec: RunSpec, prompts: int, columns: Mapping[str, Iterable[str]]
     return gather(spec, found, prompts, columns)
 
 
-def read_rows(run_dir: RunDir, file_id: str, loc: Loc) -> list[dict[str, Any]]:
-    """The rows of a prompt file. Raises SpecError where the run directory lacks it, or a line is no row."""
-    path = run_dir.data(file_id)
+def read_rows(run_dir: RunDir, spec: RunSpec) -> dict[str, list[dict[str, Any]]]:
+    """The rows of all prompts, by their field in the spec.
+
+    Raises:
+        SpecError: the run directory lacks some, or a line is no row.
+    """
+    return {field: list(_rows(run_dir, field, source)) for field, source in spec.prompts.sources().items()}
+
+
+def _rows(run_dir: RunDir, field: str, source: str | HubData) -> Iterator[dict[str, Any]]:
+    loc, path = ("prompts", field), run_dir.data(data_id(field, source))
     if not path.is_file():
-        raise SpecError([Issue(loc=loc, msg=f'"{file_id}" given; the run directory has no {path.name}.')])
-    return list(read_jsonl(path, loc))
+        msg = f"{shown(str(source))} given; the run directory has no {path.name}."
+        if isinstance(source, HubData):
+            msg += " Only a worker brings data sets of the hub: put its rows there, one JSON object a line."
+        raise SpecError([Issue(loc=loc, msg=msg)])
+    return read_jsonl(path, loc)
 
 
 def load(spec: RunSpec) -> Loaded:
@@ -121,11 +134,13 @@ def _refusing(name: str, loc: Loc) -> Iterator[None]:
     """
     try:
         yield
-    except (SpecError, MemoryError, torch.OutOfMemoryError):
+    except SpecError:
         raise
     except FactsError as error:
         raise SpecError([Issue(loc=loc, msg=str(error))]) from error
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         msg = f"{name} given; it cannot be loaded: {type(error).__name__}: {error}"
         raise SpecError([Issue(loc=loc, msg=msg)]) from error
 
@@ -167,10 +182,22 @@ def _with_adapters(model: nn.Module, facts: ModelFacts, spec: RunSpec, lora: Lor
                 policy = _load_adapter(policy, directory, adapter)
     if start is not None:
         return policy  # type: ignore[no-any-return]
+    _require_none(_in_method(check_saved_modules(lora, facts)))
     with _refusing(shown(lora.target_modules), ("method", "target_modules")):
         config = _lora_config(lora, locate(spec.model)[1])
-        policy = with_new_adapter(policy, config, trained)
+        policy = _with_new_adapter(policy, config, trained)
     return policy  # type: ignore[no-any-return]
+
+
+def _with_new_adapter(policy: nn.Module, config: PeftConfig, adapter: str) -> PeftModel:
+    """With one adapter more, all in fp32: peft leaves what is trained whole in the base's precision."""
+    with warnings.catch_warnings():
+        # Tied weights part here, and in exports too: an output layer of its own is what was asked for.
+        warnings.filterwarnings("ignore", message=".*tie_word_embeddings")
+        adapted = with_new_adapter(policy, config, adapter)
+    for weight in parameters_of(adapted, adapter).values():
+        weight.data = weight.data.float()
+    return adapted
 
 
 def _adapter_directory(source: ModelSource) -> Path:
@@ -206,54 +233,53 @@ def _load_reward_adapter(model: nn.Module, directory: Path, adapter: str, loc: L
     _require_fit(directory, facts_of(model), loc, is_reward=True)
     config: Any = PeftConfig.from_pretrained(str(directory))
     config.task_type, config.modules_to_save, config.inference_mode = "CAUSAL_LM", None, True
-    config.base_model_name_or_path = None  # peft warns where a copy of the base has another name
-    policy = with_new_adapter(model, config, adapter)
     weights = load_file(directory / "adapter_model.safetensors")
     head_1D = weights.pop(ADAPTED + REWARD_HEAD)
-    with _no_missing_keys_told():
-        set_peft_model_state_dict(policy, weights, adapter)
-    _require_all_taken(policy, adapter, directory, sum(weight.numel() for weight in weights.values()))
+    policy = _with_loaded(model, config, adapter, weights, directory)
     add_reward_head(policy, adapter, head_1D)
+    return policy
+
+
+def _load_adapter(model: nn.Module, directory: Path, adapter: str) -> PeftModel:
+    config: Any = PeftConfig.from_pretrained(str(directory))
+    config.inference_mode = True
+    return _with_loaded(model, config, adapter, load_file(directory / "adapter_model.safetensors"), directory)
+
+
+def _with_loaded(
+    model: nn.Module, config: PeftConfig, adapter: str, weights: dict[str, Tensor], directory: Path
+) -> PeftModel:
+    config.base_model_name_or_path = None  # peft warns where a copy of the base has another name
+    policy = _with_new_adapter(model, config, adapter)
+    with warnings.catch_warnings():
+        # Of keys that are missing peft warns only.
+        warnings.filterwarnings("ignore", message="Found missing adapter keys")
+        set_peft_model_state_dict(policy, weights, adapter)
+    taken = get_peft_model_state_dict(policy, adapter_name=adapter, save_embedding_layers=False)
+    sizes = [sum(weight.numel() for weight in each.values()) for each in (weights, taken)]
+    if sizes[0] != sizes[1]:
+        raise FactsError(
+            f"{directory} has {sizes[0]} weights, and the model takes {sizes[1]}: not made for it."
+        )
     return policy
 
 
 def _require_fit(directory: Path, model: ModelFacts, loc: Loc, *, is_reward: bool) -> None:
     adapter = read_adapter_facts(directory)
-    issues = [*check_base(adapter, model, loc), *check_head(adapter, loc, is_reward=is_reward)]
-    if issues:
-        raise SpecError(issues)
+    _require_none([*check_base(adapter, model, loc), *check_head(adapter, loc, is_reward=is_reward)])
 
 
 def _require_same(lora: Lora, name: str, directory: Path, model: ModelFacts) -> None:
-    issues = list(check_adapter(lora, name, read_adapter_facts(directory), model))
+    _require_none(_in_method(check_adapter(lora, name, read_adapter_facts(directory), model)))
+
+
+def _in_method(issues: Iterable[Issue]) -> list[Issue]:
+    return [Issue(loc=("method", *issue.loc), msg=issue.msg) for issue in issues]
+
+
+def _require_none(issues: list[Issue]) -> None:
     if issues:
-        raise SpecError([Issue(loc=("method", *issue.loc), msg=issue.msg) for issue in issues])
-
-
-def _load_adapter(policy: Any, directory: Path, adapter: str) -> PeftModel:
-    stored = read_adapter_facts(directory).parameters or 0
-    with _no_missing_keys_told():
-        if isinstance(policy, PeftModel):
-            policy.load_adapter(str(directory), adapter)
-        else:
-            policy = PeftModel.from_pretrained(policy, str(directory), adapter)
-    _require_all_taken(policy, adapter, directory, stored)
-    return policy
-
-
-@contextmanager
-def _no_missing_keys_told() -> Iterator[None]:
-    """peft warns of them; here they are an error: see `_require_all_taken`."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Found missing adapter keys")
-        yield
-
-
-def _require_all_taken(policy: PeftModel, adapter: str, directory: Path, stored: int) -> None:
-    weights = get_peft_model_state_dict(policy, adapter_name=adapter, save_embedding_layers=False)
-    taken = sum(weight.numel() for weight in weights.values())
-    if taken != stored:
-        raise FactsError(f"{directory} has {stored} weights, and the model takes {taken}: not made for it.")
+        raise SpecError(issues)
 
 
 def _lora_config(lora: Lora, revision: str | None) -> LoraConfig:
@@ -262,6 +288,7 @@ def _lora_config(lora: Lora, revision: str | None) -> LoraConfig:
         r=lora.r,
         lora_alpha=lora.lora_alpha,
         target_modules=targets if isinstance(targets, str) else list(targets),
+        modules_to_save=list(lora.modules_to_save) or None,
         task_type="CAUSAL_LM",
         revision=revision,
     )

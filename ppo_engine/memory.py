@@ -1,29 +1,47 @@
 """What to do where memory ends: the work is done once more with fewer rows at a time, and so for the rest.
 
 Rows can be cut in any way without changing what is computed, so less at a time costs time and nothing else.
-This module does not know what the work is, nor who is told.
+This module does not know what the work is, how processes speak to each other, nor who is told.
 """
 
 from __future__ import annotations
 
 import gc
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Literal, Protocol, TypeAlias, TypeVar, get_args
 
 import torch
 
-from ppo_engine.parallel import Parallel
+Work = Literal["rollout", "reward", "scoring", "update"]
+Notice: TypeAlias = tuple[str, dict[str, int | str]]
+"""A message, and its numbers."""
 
-Work = Literal["rollout", "scoring", "update"]
 _T = TypeVar("_T")
 _FIX = {
     "rollout": "shorten prompts or response_length, or take a smaller model",
+    "reward": "shorten prompts or response_length, or take a smaller reward model",
     "scoring": "shorten prompts or response_length, or take a smaller model",
     "update": "shorten prompts or response_length, give gradient_checkpointing, adapters instead of full "
     "fine-tuning, or zero_stage",
 }
+_WITHOUT_A_CLASS = re.compile(
+    r"DefaultCPUAllocator: can't allocate memory"
+    r"|CUDA (driver )?error: out of memory"
+    r"|CU[A-Z]+_STATUS_(INTERNAL_ERROR_(HOST|DEVICE)_)?ALLOC(ATION)?_FAILED"
+)
+"""What torch says of memory that ended where it raises a plain RuntimeError."""
+
+
+class Processes(Protocol):
+    """What is asked of the processes of a run. zero_stage: of DeepSpeed; None: without it."""
+
+    zero_stage: int | None
+
+    def gather(self, value: _T) -> list[_T]:
+        """Every process's value, by rank."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -36,11 +54,17 @@ class Cut:
     rows: int
     tokens: int
 
+    @classmethod
+    def of(cls, micro_batches: Iterable[Sequence[int]], lengths: Sequence[int]) -> Cut:
+        """Of the forwards of these rows. lengths: of every row, in tokens."""
+        taken = [rows for rows in micro_batches if rows]
+        return cls(max(map(len, taken)), max(len(rows) * max(lengths[row] for row in rows) for rows in taken))
+
 
 class OutOfMemory(RuntimeError):
     """Memory has ended. can_go_on: a run that is started once more, with fewer rows at a time, may do."""
 
-    def __init__(self, message: str, *, can_go_on: bool) -> None:
+    def __init__(self, message: str, *, can_go_on: bool = False) -> None:
         super().__init__(message)
         self.can_go_on = can_go_on
 
@@ -52,14 +76,15 @@ class Room:
     a message and its numbers.
     """
 
-    def __init__(self, parallel: Parallel, on_less: Callable[[str, dict[str, int | str]], None]) -> None:
-        self.parallel, self.on_less = parallel, on_less
-        self.halvings: dict[str, int] = {"rollout": 0, "scoring": 0, "update": 0}
+    def __init__(self, processes: Processes, on_less: Callable[[str, dict[str, int | str]], None]) -> None:
+        self.processes, self.on_less = processes, on_less
+        self.halvings: dict[str, int] = dict.fromkeys(get_args(Work), 0)
+        self._untold: list[Notice] = []
 
     @property
     def can_begin_again(self) -> bool:
         """Whether all processes can; with DeepSpeed, those that have not failed wait within the work."""
-        return self.parallel.zero_stage is None
+        return self.processes.zero_stage is None
 
     def at_least(self, halvings: Mapping[str, int]) -> None:
         """Take over what another part of this run has found out."""
@@ -84,52 +109,86 @@ class Room:
                 that those that have not failed cannot be asked to begin again.
         """
         while True:
-            now = max(1, size >> self.halvings[work])
             failure = None
             try:
-                done = attempt(now)
+                done = attempt(self._size(work, size))
             except (MemoryError, RuntimeError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                failure = asked_for(error)  # the error itself would keep all that the attempt has allocated
+                failure = _failure(error)
             if self.can_begin_again:
-                failures = [told for told in self.parallel.gather(failure) if told is not None]
+                failures = [told for told in self.processes.gather(failure) if told is not None]
             else:
                 failures = [] if failure is None else [failure]
             if not failures:
                 return done
             undo()
             gc.collect()  # what is left of the attempt may hang in cycles
-            self._take_less(work, size, cut, failures[0])
+            message, numbers = self._take_less(work, size, cut, failures[0])
+            if not self.can_begin_again:
+                raise OutOfMemory(message, can_go_on=True)
+            self.on_less(message, numbers)
 
-    def _take_less(self, work: Work, size: int, cut: Callable[[int], Cut], asked: str) -> None:
-        tried = cut(max(1, size >> self.halvings[work]))
+    def do_alone(self, work: Work, size: int, attempt: Callable[[int], _T], cut: Callable[[int], Cut]) -> _T:
+        """As `do`, but of work that each process does as often as it likes: `agree` has to follow on all.
+
+        cut: what a size comes to on this process.
+
+        Raises:
+            OutOfMemory: one row does not fit.
+        """
+        while True:
+            try:
+                return attempt(self._size(work, size))
+            except (MemoryError, RuntimeError) as error:
+                failure = _failure(error)
+            gc.collect()
+            self._untold.append(self._take_less(work, size, cut, failure))
+
+    def agree(self, work: Work) -> None:
+        """After work that was done alone: all go on as the one that had to take least, and that is told."""
+        found = self.processes.gather((self.halvings[work], self._untold))
+        self.halvings[work], notices = max(found, key=lambda one: one[0])
+        self._untold = []
+        for message, numbers in notices:
+            self.on_less(message, numbers)
+
+    def _size(self, work: Work, size: int) -> int:
+        return max(1, size >> self.halvings[work])
+
+    def _take_less(self, work: Work, size: int, cut: Callable[[int], Cut], asked: str) -> Notice:
+        tried = cut(self._size(work, size))
         what = f"{tried.rows} rows of {tried.tokens} tokens, padding included"
         if tried.rows == 1:
             raise OutOfMemory(
                 f"Out of memory ({work}): a single row, of {tried.tokens} tokens, does not fit ({asked}); "
-                f"{_FIX[work]}.",
-                can_go_on=False,
+                f"{_FIX[work]}."
             )
-        while (less := cut(max(1, size >> self.halvings[work]))).rows >= tried.rows:
+        while (less := cut(self._size(work, size))).rows >= tried.rows:
             self.halvings[work] += 1
         message = f"Out of memory ({work}) with {what} ({asked}); from now on {less.rows} rows at a time."
-        if not self.can_begin_again:
-            raise OutOfMemory(message, can_go_on=True)
-        numbers: dict[str, int | str] = {
+        return message, {
             "work": work,
             "rows_tried": tried.rows,
             "tokens_tried": tried.tokens,
             "asked": asked,
             "rows": less.rows,
         }
-        self.on_less(message, numbers)
+
+
+def _failure(error: BaseException) -> str:
+    """What was asked for; the error itself would keep all that the attempt has allocated.
+
+    Raises what is no lack of memory.
+    """
+    if not is_out_of_memory(error):
+        raise error
+    return asked_for(error)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether that is why torch failed; on a CPU it has no class of its own for it."""
-    is_cpu = isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
-    return is_cpu or isinstance(error, torch.OutOfMemoryError | MemoryError)
+    """Whether that is why torch failed, or Python; often torch has no class of its own for it."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and _WITHOUT_A_CLASS.search(str(error)) is not None
 
 
 def asked_for(error: BaseException) -> str:

@@ -7,6 +7,9 @@ does not repeat. This module does not know where metrics go.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby, islice
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -121,7 +124,7 @@ def time_metrics(rollout: Rollout, clock: Clock) -> dict[str, float]:
 
 
 def samples_of(rollout: Rollout, scores: Scores, kind: str, count: int) -> list[dict[str, Any]]:
-    """The first rows, each with its score and what every reward gave it, without weights.
+    """The first `count` rows, each with its score and what every reward gave it, without weights.
 
     kind: "train", or what the metrics of the evaluation begin with, such as "eval/greedy".
     """
@@ -135,3 +138,22 @@ def samples_of(rollout: Rollout, scores: Scores, kind: str, count: int) -> list[
         }
         for row in range(min(count, len(rollout)))
     ]
+
+
+def first_of_each_kind(samples: Iterable[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """Of samples, so many of each kind at most; those of a kind stand together."""
+    kinds = groupby(samples, key=itemgetter("kind"))
+    return [sample for _, own in kinds for sample in islice(own, count)]
+
+
+def columns_of(samples: Sequence[Mapping[str, Any]], update: int) -> dict[str, list[Any]]:
+    """Samples as a table with a row for each; what a reward gave has the name of its metric."""
+    plain = ("kind", "prompt", "response", "score")
+    return {
+        "update": [update] * len(samples),
+        **{name: [sample[name] for sample in samples] for name in plain},
+        **{
+            f"reward/{name}": [sample["rewards"][name] for sample in samples]
+            for name in samples[0]["rewards"]
+        },
+    }

@@ -31,7 +31,26 @@ class HubModel(Part):
     repo: str = Field(pattern=REPOSITORY)
     """`owner/name`."""
     revision: str = Field(default="main", min_length=1)
-    """Branch, tag, or commit; a commit makes the run repeatable."""
+    """Branch, tag, or commit. A job keeps the commit that its first attempt found, and goes on with that."""
+
+
+class HubData(Part):
+    """A split of a data set on the Hugging Face hub."""
+
+    type: Literal["hub"]
+    """On the hub."""
+    repo: str = Field(pattern=REPOSITORY)
+    """`owner/name`."""
+    revision: str = Field(default="main", min_length=1)
+    """Branch, tag, or commit. A job keeps the commit that its first attempt found, and goes on with that."""
+    config: str | None = Field(default=None, min_length=1)
+    """Which of its configurations; by default the only one, or the one that it names as its default."""
+    split: str = Field(default="train", min_length=1)
+    """Which of its splits."""
+
+    def __str__(self) -> str:
+        config = "" if self.config is None else f"{self.config}, "
+        return f"{self.repo}@{self.revision} ({config}{self.split})"
 
 
 ModelSource = Annotated[LocalModel | HubModel, Discriminator("type")]

@@ -41,6 +41,11 @@ def before_processes_meet() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
+def has_bf16() -> bool:
+    """Whether the device of this process computes in bf16; every CPU does."""
+    return not torch.cuda.is_available() or torch.cuda.is_bf16_supported()
+
+
 def processes_started() -> int:
     """How many processes the launcher has started, whether or not they have found each other."""
     return int(os.environ.get("WORLD_SIZE", "1"))
@@ -80,24 +85,39 @@ class Parallel:
             config["zero_force_ds_cpu_optimizer"] = False
             # Steps that are not finite are dropped in bf16 too, whatever a configuration file says.
             config.setdefault("bf16", {})["check_grad_overflow"] = True
-            return self.accelerator.prepare(module, optimizer)  # type: ignore[no-any-return]
+            engine, sharding = self.accelerator.prepare(module, optimizer)
+            self._from_first(module.buffers())  # DeepSpeed has done so with the weights
+            return engine, sharding
         # To evaluate: accelerate's word for placing it and setting its precision, without DDP around it.
         prepared = self.accelerator.prepare_model(module, evaluation_mode=True)
-        if self.world_size > 1:
-            with torch.no_grad():
-                for tensor in (*module.parameters(), *module.buffers()):
-                    torch.distributed.broadcast(tensor, 0)
+        self.make_alike(module)
         return prepared, self.accelerator.prepare_optimizer(optimizer)
 
     def prepare_frozen(self, module: nn.Module, trained: nn.Module) -> nn.Module:
-        """Place a module that only scores; it is to round as the prepared one does."""
+        """Place a module that only scores, alike everywhere; it is to round as the prepared one does."""
         if self.zero_stage is not None:
             engine: Any = trained
             dtype, _ = engine.get_data_types()
             # As DeepSpeed has cast what it trains: the weights, and not the buffers.
             for parameter in module.parameters():
                 parameter.data = parameter.data.to(dtype)
-        return module.to(self.device)
+        module.to(self.device)
+        self.make_alike(module)
+        return module
+
+    def make_alike(self, module: nn.Module) -> None:
+        """Give all processes the first one's weights: each may have drawn its own."""
+        self._from_first((*module.parameters(), *module.buffers()))
+
+    @torch.no_grad()
+    def _from_first(self, tensors: Iterable[Tensor]) -> None:
+        if self.world_size == 1:
+            return
+        for tensor in tensors:
+            sent = tensor.to(self.device).contiguous()  # as NCCL has them
+            torch.distributed.broadcast(sent, 0)
+            if sent is not tensor:
+                tensor.copy_(sent)
 
     def unwrap(self, module: nn.Module) -> Any:
         return self.accelerator.unwrap_model(module)
@@ -208,10 +228,10 @@ class Parallel:
             yield
 
     @contextmanager
-    def standing_alone(self, module: nn.Module, part: nn.Module) -> Iterator[None]:
-        """Inside, forwards of a part of the prepared module need no other process; with ZeRO-3, no backward.
+    def standing_alone(self, module: nn.Module, *parts: nn.Module) -> Iterator[None]:
+        """Inside, forwards of parts of the prepared module need no other process; with ZeRO-3, no backward.
 
-        Its weights are whole. That alone is not enough: hooks of ZeRO-3 take the weights of each submodule
+        Their weights are whole. That alone is not enough: hooks of ZeRO-3 take the weights of each submodule
         away after its forward, and ask all processes for them at the next one.
         """
         if self.zero_stage != 3:
@@ -219,7 +239,7 @@ class Parallel:
             return
         engine: Any = module
         offload = engine.optimizer.parameter_offload
-        with self.gathered(part.parameters()):
+        with self.gathered(parameter for part in parts for parameter in part.parameters()):
             for hook in (*offload.forward_hooks, *offload.backward_hooks):
                 hook.remove()
             offload.forward_hooks, offload.backward_hooks = [], []
@@ -274,10 +294,13 @@ class Parallel:
             raise FileNotFoundError(f"{directory} holds no DeepSpeed state that can be loaded.")
 
 
-def _sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Sum over processes, in place, a bucket at a time, in the order of the parameters on all of them."""
+def _sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    """Sum over processes, in place, a bucket at a time, in the order of the parameters on all of them.
+
+    Those that no process has used keep none, as in one process: then an optimizer leaves them as they are.
+    """
     buckets: dict[torch.dtype, list[Tensor]] = {}
-    for parameter in parameters:
+    for parameter in _used(parameters):
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         bucket = buckets.setdefault(parameter.dtype, [])
@@ -286,6 +309,14 @@ def _sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
             _sum_together(buckets.pop(parameter.dtype))
     for bucket in buckets.values():
         _sum_together(bucket)
+
+
+def _used(parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
+    """Those that have a gradient on any process."""
+    counts = torch.tensor([float(parameter.grad is not None) for parameter in parameters])
+    counts = counts.to(parameters[0].device)
+    torch.distributed.all_reduce(counts)
+    return [parameter for parameter, count in zip(parameters, counts.tolist(), strict=True) if count]
 
 
 def _sum_together(tensors: Sequence[Tensor]) -> None:

@@ -11,6 +11,7 @@ import os
 import shutil
 import time
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,17 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ppo_engine import checkpoint, reporting
 from ppo_engine.config import PPOConfig
-from ppo_engine.events import Event, EventType, encode
+from ppo_engine.events import BEGUN_AGAIN, Event, EventType, encode
 from ppo_engine.issues import Issue, Loc, SpecError
 from ppo_engine.learn import NotFinite
 from ppo_engine.load import load, read_facts, read_rows
 from ppo_engine.memory import OutOfMemory
-from ppo_engine.parallel import offload_of, processes_started
+from ppo_engine.model_sources import HubData
+from ppo_engine.parallel import has_bf16, offload_of, processes_started
 from ppo_engine.plan import plan
 from ppo_engine.rewards import build
 from ppo_engine.run_dir import Halvings, Reason, Result, RunDir
+from ppo_engine.saving import FREE
 from ppo_engine.spec import Lora, Resources, RunSpec, identity, public
 from ppo_engine.trainer import PPOTrainer
 from ppo_engine.watch import Watch
@@ -135,7 +138,7 @@ class RunTrainer(PPOTrainer):
         self.room.at_least(given)
         times = ", ".join(f"{work} {number}" for work, number in given.items() if number)
         message = f"Out of memory: the run was started again, with rows at a time halved so often: {times}."
-        self._say_warning(f"out_of_memory:{times}", "out_of_memory", message, given)
+        self.say("warning", BEGUN_AGAIN + times, {"code": "out_of_memory", "message": message, **given})
 
     def warn(self, code: str, message: str, numbers: Mapping[str, JsonValue]) -> None:
         update = self.state.global_step
@@ -205,11 +208,19 @@ class RunTrainer(PPOTrainer):
 
         checkpoint.write(self.run_dir.export(update), update, self.parallel, fill, self.latest)
 
-    def keep_policy(self) -> None:
-        """Export the policy of a run that cannot go on: no step that was not finite is in it."""
+    def keep_policy(self, further_steps: int) -> None:
+        """Export the policy of a run that cannot go on: no step that was not finite is in it.
+
+        further_steps: of the update that could not be done, those that were taken; the card tells of them.
+        """
+        self.further_steps = further_steps
         update = self.state.global_step
         if update > 0 and update not in self.run_dir.complete_exports():
             self._export(update)
+
+    def data_name(self, name: str) -> str:
+        source = self.run_dir.read_spec().prompts.sources()[str(self.prompts_loc(name)[-1])]
+        return f"{name}: {source}" if isinstance(source, HubData) else name
 
     def settings(self) -> tuple[str, dict[str, JsonValue]]:
         return "Spec", public(self.run_dir.read_spec())
@@ -240,7 +251,7 @@ class RunTrainer(PPOTrainer):
     def _drop_old_checkpoints(self) -> None:
         acks = self.run_dir.read_acks()
         updates = self.run_dir.complete_checkpoints()
-        for update in set(updates) - self._kept(updates, self.run_dir.checkpoint):
+        for update in self._outdated(updates, self.run_dir.checkpoint):
             if acks is None or update in acks.checkpoints:
                 shutil.rmtree(self.run_dir.checkpoint(update))
 
@@ -259,8 +270,8 @@ def run(run_dir: RunDir, spec: RunSpec, attempt: int, watch: Watch) -> Result:
         if error.can_go_on:
             return _out_of_memory(run_dir, error, trainer)
         raise
-    except NotFinite:
-        trainer.keep_policy()
+    except NotFinite as error:
+        trainer.keep_policy(error.steps_taken)
         raise
     update, reason = trainer.state.global_step, trainer.stop.reason
     if reason is not None:
@@ -292,14 +303,33 @@ def _require_as_planned(resources: Resources, name: str, found: int | str) -> No
     raise SpecError([Issue(loc=("resources", name), msg=msg)])
 
 
+def _require_of_machine(resources: Resources) -> None:
+    """Raises SpecError where this machine cannot do what the run is planned with."""
+    issues: list[Issue] = []
+    if resources.zero_stage and find_spec("deepspeed") is None:
+        msg = f"{resources.zero_stage} given; this machine has no DeepSpeed: give 0, or have it installed."
+        issues.append(Issue(loc=("resources", "zero_stage"), msg=msg))
+    if resources.precision == "bf16" and not has_bf16():
+        msg = '"bf16" given; the GPUs of this machine do not compute in it: give "fp32".'
+        issues.append(Issue(loc=("resources", "precision"), msg=msg))
+    if issues:
+        raise SpecError(issues)
+
+
+def _require_own_checkpoint(run_dir: RunDir, spec: RunSpec) -> None:
+    """Raises CheckpointMismatch where the run cannot go on, as far as the spec tells."""
+    if updates := run_dir.complete_checkpoints():
+        known = {**spec.ppo.model_dump(exclude=FREE), "world_size": spec.resources.gpus, **identity(spec)}
+        checkpoint.require_alike(run_dir.checkpoint(updates[-1]), known)
+
+
 def _trainer(run_dir: RunDir, spec: RunSpec, attempt: int, watch: Watch) -> RunTrainer:
     """Everything loaded; what cannot be is said before the first model is."""
+    _require_of_machine(spec.resources)
     _require_as_planned(spec.resources, "gpus", processes_started())
-    train_rows = read_rows(run_dir, spec.prompts.train, ("prompts", "train"))
-    eval_rows = spec.prompts.eval and read_rows(run_dir, spec.prompts.eval, ("prompts", "eval"))
-    rows = {"train": train_rows} | ({"eval": eval_rows} if eval_rows else {})
+    rows = read_rows(run_dir, spec)
     columns = {field: {name for row in several for name in row} for field, several in rows.items()}
-    facts = read_facts(spec, len(train_rows), columns)
+    facts = read_facts(spec, len(rows["train"]), columns)
     has_gpu = torch.cuda.is_available()
     name = run_dir.name(attempt)
     args = PPOConfig.from_spec(
@@ -319,6 +349,8 @@ def _trainer(run_dir: RunDir, spec: RunSpec, attempt: int, watch: Watch) -> RunT
     if spec.report_to:
         run_dir.reports.mkdir(exist_ok=True)
         os.environ |= reporting.environment(os.environ, run_dir, name)
+    _require_own_checkpoint(run_dir, spec)
+    scorer = build(spec.rewards, device=args.device)
     set_seed(spec.ppo.seed)  # before new adapters and heads are drawn
     loaded = load(spec)
     return RunTrainer(
@@ -330,8 +362,8 @@ def _trainer(run_dir: RunDir, spec: RunSpec, attempt: int, watch: Watch) -> RunT
         processing_class=loaded.tokenizer,
         model=loaded.policy,
         ref_model=None,
-        reward_model=build(spec.rewards, device=args.device),
-        train_dataset=train_rows,
-        eval_dataset=eval_rows or None,
+        reward_model=scorer,
+        train_dataset=rows["train"],
+        eval_dataset=rows.get("eval"),
         value_model=loaded.value_model,
     )

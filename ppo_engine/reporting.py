@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import (
     INTEGRATION_TO_CALLBACK,
     CometCallback,
+    MLflowCallback,
     NeptuneCallback,
     SwanLabCallback,
     TensorBoardCallback,
@@ -29,6 +32,7 @@ from transformers.integrations.integration_utils import (
 from transformers.trainer_callback import CallbackHandler
 
 from ppo_engine.issues import Issue, shown
+from ppo_engine.redaction import redacted
 from ppo_engine.run_dir import RunDir
 
 PROJECT = "proxima"
@@ -44,6 +48,8 @@ _RENAMING = (  # these write "train/" before every name but those that begin wit
     *(CometCallback, NeptuneCallback, SwanLabCallback),
 )
 Warn = Callable[[str, str, Mapping[str, str]], None]
+Columns = Mapping[str, Sequence[Any]]
+"""Of a table, by their names, all as long."""
 
 
 def check_trackers(names: Sequence[str]) -> Iterator[Issue]:
@@ -73,12 +79,13 @@ class Callbacks(CallbackHandler):
     It also has trackers name the metrics of an evaluation `eval/…`, as they are named elsewhere, instead of
     `train/eval/…`. A callback stays the object it was, so that scripts find and remove it by its class.
 
-    like: the callbacks so far. warn: told of a tracker that failed, with the code `report_failed`.
+    like: the callbacks so far. warn: told of a tracker that failed, with the code `report_failed` and the
+        error's type; its text, which may hold an operator's names and keys, goes to standard error.
     """
 
     def __init__(self, like: CallbackHandler, warn: Warn) -> None:
         self._warn = warn
-        self._failed: set[TrainerCallback] = set()
+        self._failed: set[tuple[TrainerCallback, str]] = set()
         super().__init__(  # type: ignore[no-untyped-call]
             like.callbacks, like.model, like.processing_class, like.optimizer, like.lr_scheduler
         )
@@ -86,25 +93,93 @@ class Callbacks(CallbackHandler):
     def add_callback(self, callback: TrainerCallback | type[TrainerCallback]) -> None:
         super().add_callback(callback)  # type: ignore[no-untyped-call]
         added = self.callbacks[-1]
-        names = [name for name, kind in INTEGRATION_TO_CALLBACK.items() if isinstance(added, kind)]
-        for event in _EVENTS if names else ():
-            setattr(added, event, partial(self._tell, added, names[0], getattr(added, event)))
+        name = _name(added)
+        for event in _EVENTS if name else ():
+            setattr(added, event, partial(self._tell, added, getattr(added, event)))
 
-    def _tell(
-        self, tracker: TrainerCallback, name: str, tell: Callable[..., object], *given: Any, **named: Any
+    def show(
+        self,
+        table: Columns,
+        update: int,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
     ) -> None:
-        if tracker in self._failed:
-            return
+        """Have the trackers that know tables show an update's; on the main process.
+
+        One that cannot (MLflow without its store of artifacts) still gets the metrics.
+        """
+        for tracker in self.callbacks:
+            show = next((show for kind, show in _TABLES.items() if isinstance(tracker, kind)), None)
+            if show is not None:
+                if not _is_begun(tracker):
+                    tracker.on_train_begin(args, state, control, model=self.model)
+                self._attempt(tracker, "samples", partial(show, tracker, table, update))
+
+    def _tell(self, tracker: TrainerCallback, tell: Callable[..., object], *given: Any, **named: Any) -> None:
         if "logs" in named and isinstance(tracker, _RENAMING):
             named["logs"] = {
                 re.sub(r"^(eval|test)/", r"\1_", name): value for name, value in named["logs"].items()
             }
+        self._attempt(tracker, "run", partial(tell, *given, **named))
+
+    def _attempt(self, tracker: TrainerCallback, what: str, tell: Callable[[], object]) -> None:
+        """Tell a tracker of the run or of its samples, where that has not failed before."""
+        if self._failed & {(tracker, "run"), (tracker, what)}:
+            return
         try:
-            tell(*given, **named)
+            tell()
         except Exception as error:  # a library's or a server's, of any type: none is worth the run
-            self._failed.add(tracker)
-            message = f"{name} failed, and is reported to no more: {type(error).__name__}: {error}"
-            self._warn("report_failed", message, {"tracker": name})
+            self._failed.add((tracker, what))
+            name, kind = _name(tracker), type(error).__name__
+            sys.stderr.write(redacted(f"{name} failed: {kind}: {error}\n"))
+            left_out = "is reported to no more" if what == "run" else f"gets no more {what}"
+            where = "the engine's log (of a script: standard error) says why"
+            message = f"{name} failed ({kind}), and {left_out}; {where}."
+            self._warn("report_failed", message, {"tracker": name, "of": what})
+
+
+def _name(tracker: TrainerCallback) -> str:
+    """As `report_to` has it; empty: it is no tracker."""
+    return next((name for name, kind in INTEGRATION_TO_CALLBACK.items() if isinstance(tracker, kind)), "")
+
+
+# Tables ----------------------------------------------------------------------------------------------------
+
+_TABLE = "completions"
+"""What trackers call samples, as with TRL."""
+
+
+def _is_begun(tracker: Any) -> bool:
+    """Whether it has opened its run: outside of a training nobody may have told it to."""
+    return bool(getattr(tracker, "tb_writer", None) or getattr(tracker, "_initialized", False))
+
+
+def _show_in_tensorboard(tracker: Any, table: Columns, update: int) -> None:
+    rows = [table.keys(), ["---"] * len(table), *zip(*table.values(), strict=True)]
+    lines = ["|".join(re.sub(r"\s", " ", str(cell)).replace("|", "\\|") for cell in row) for row in rows]
+    tracker.tb_writer.add_text(_TABLE, "\n".join(f"|{line}|" for line in lines), update)
+    tracker.tb_writer.flush()
+
+
+def _show_in_wandb(tracker: Any, table: Columns, update: int) -> None:
+    rows = [list(row) for row in zip(*table.values(), strict=True)]
+    shown = tracker._wandb.Table(columns=list(table), data=rows)
+    tracker._wandb.log({_TABLE: shown, "train/global_step": update})
+
+
+def _show_in_mlflow(tracker: Any, table: Columns, update: int) -> None:
+    # A training that has ended has ended its run as well.
+    run = tracker._ml_flow.active_run() or tracker._ml_flow.last_active_run()
+    columns = {name: list(column) for name, column in table.items()}
+    tracker._ml_flow.log_table(columns, f"{_TABLE}/update-{update}.json", run_id=run.info.run_id)
+
+
+_TABLES: dict[type[TrainerCallback], Callable[[Any, Columns, int], None]] = {
+    TensorBoardCallback: _show_in_tensorboard,
+    WandbCallback: _show_in_wandb,
+    MLflowCallback: _show_in_mlflow,
+}
 
 
 # Jobs ------------------------------------------------------------------------------------------------------
@@ -127,8 +202,15 @@ def environment(given: Mapping[str, str], run_dir: RunDir, name: str) -> dict[st
         "MLFLOW_EXPERIMENT_NAME": PROJECT,
         "MLFLOW_TRACKING_URI": f"sqlite:///{run_dir.reports.absolute()}/mlflow.db",
     }
+    told = {variable: given.get(variable, default) for variable, default in defaults.items()}
+    store = told["MLFLOW_TRACKING_URI"]
+    # A database on disk has its tables beside it. MLflow would keep them where its first run happened to be.
+    beside = {
+        "_MLFLOW_SERVER_ARTIFACT_ROOT": str(Path(store.removeprefix("sqlite:///")).parent / "artifacts")
+    }
     return {
-        **{variable: given.get(variable, default) for variable, default in defaults.items()},
+        **told,
+        **(beside if store.startswith("sqlite:///") else {}),
         "TENSORBOARD_LOGGING_DIR": f"{boards}/{name}" if boards else str(run_dir.reports / "tensorboard"),
         # These would look for a script's checkpoints, which a job does not have.
         "WANDB_LOG_MODEL": "false",

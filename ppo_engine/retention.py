@@ -12,7 +12,8 @@ def kept(
 ) -> set[int]:
     """Of all updates with a checkpoint, those to keep: the last ones, and the best one.
 
-    checkpoints: what the metric was at each; None: not known. limit: so many of the last ones; None: all.
+    checkpoints: whole ones of one run, with what the metric was at each; None: not known. limit: so many of
+    the last ones; None: all.
     """
     updates = sorted(checkpoints)
     if limit is None:

@@ -15,25 +15,31 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from pydantic import JsonValue
 from torch import Tensor, nn
 
-from ppo_engine import plan
+from ppo_engine import role_rules
 from ppo_engine.actor_critic import ScalarHead, causal_lm, trunk
-from ppo_engine.adapters import REWARD_HEADS, VALUE_ADAPTER, Switch, parameters_of
-from ppo_engine.facts import ModelFacts, TokenizerFacts, linears
-from ppo_engine.issues import Loc, SpecError
+from ppo_engine.adapters import REWARD_HEADS, VALUE_ADAPTER, Switch, parameters_of, weights_of
+from ppo_engine.facts import ModelFacts, TokenizerFacts, linears, modules, why_base_changes
+from ppo_engine.issues import Issue, Loc, SpecError, shown
 from ppo_engine.logprobs import output_logits
 from ppo_engine.spec import DEFAULT_ADAPTER
 
 
-def build_policy(model: nn.Module, peft_config: PeftConfig | None, adapter: str | None) -> nn.Module:
+def build_policy(
+    model: nn.Module, peft_config: PeftConfig | None, adapter: str | None, reference: str | None = None
+) -> nn.Module:
     """The policy: the model, or the model with a new adapter, of which only the adapter is trained.
+
+    reference: the adapter that is the reference; a new adapter starts as a copy of it. None: the base is.
 
     Raises:
         TypeError: `peft_config` is no PeftConfig.
         ValueError: the adapter that `peft_config` is to make is there already, or without a `peft_config`
-            is not; or it is of a kind that has no layers.
+            is not; or it is of a kind that has no layers, or that changes the base; or the reference is
+            not there, is the adapter that is trained, or is of another shape than the one made.
     """
     name = adapter or DEFAULT_ADAPTER
     if peft_config is not None:
@@ -43,12 +49,29 @@ def build_policy(model: nn.Module, peft_config: PeftConfig | None, adapter: str 
             )
         model = with_new_adapter(model, peft_config, name)
     if isinstance(model, PeftModel):
+        for own, config in model.peft_config.items():
+            _require_untouched_base(config, f"model has an adapter {own!r}")
         train_adapter(model, name)
+    if reference is not None:
+        require_adapter(model, reference, "ref_adapter_name")
+        if reference == name:
+            raise ValueError(
+                f"ref_adapter_name is {reference!r}, which is also the adapter that is trained; the "
+                "reference must stay: give model_adapter_name another name."
+            )
+        if peft_config is not None:
+            _start_as(model, name, reference)
     return model
 
 
 def with_new_adapter(model: nn.Module, config: PeftConfig, name: str) -> PeftModel:
-    """The model with one adapter more, made anew. Raises ValueError where it has one of that name."""
+    """The model with one adapter more, made anew.
+
+    Raises:
+        ValueError: it has one of that name, lacks a module of `modules_to_save`, or its base would change.
+    """
+    _require_untouched_base(config, "peft_config given")
+    _require_modules(model, getattr(config, "modules_to_save", None) or ())
     if not isinstance(model, PeftModel):
         return get_peft_model(model, config, adapter_name=name)
     if name in model.peft_config:
@@ -59,6 +82,46 @@ def with_new_adapter(model: nn.Module, config: PeftConfig, name: str) -> PeftMod
         )
     model.add_adapter(name, config)
     return model
+
+
+def _require_untouched_base(config: PeftConfig, what: str) -> None:
+    start, bias = getattr(config, "init_lora_weights", None), getattr(config, "bias", None)
+    if (reason := why_base_changes(start, bias)) is not None:
+        raise ValueError(f"{what} with {reason}")
+
+
+def _require_modules(model: nn.Module, names: Sequence[str]) -> None:
+    """peft itself leaves a module that it does not find out."""
+    known = [name for name, _ in causal_lm(model).named_modules(remove_duplicate=False) if name]
+    for name in names:
+        if not any(module.endswith(name) for module in known):
+            ends = sorted({module.rsplit(".", 1)[-1] for module in known})
+            raise ValueError(
+                f"peft_config.modules_to_save names {name!r}, and the model has no such module; its modules "
+                f"end in {shown(ends, 400)}: choose of these."
+            )
+
+
+def _start_as(policy: nn.Module, adapter: str, other: str) -> None:
+    """Copy an adapter's weights to another of its shape, so that both compute the same."""
+    if _shape_of(policy, adapter) != _shape_of(policy, other):
+        raise ValueError(
+            f"peft_config given with ref_adapter_name {other!r}, an adapter of another shape; the policy "
+            "starts as its reference, so the new adapter must have its kind, rank, alpha, and modules: give "
+            f"peft_config=copy.deepcopy(model.peft_config[{other!r}])."
+        )
+    given = weights_of(policy, other)
+    with torch.no_grad():
+        for place, weight in weights_of(policy, adapter).items():
+            weight.copy_(given[place])
+
+
+def _shape_of(policy: nn.Module, adapter: str) -> Any:
+    """All that tells how an adapter computes, but its weights' numbers."""
+    layers: list[Any] = [module for module in policy.modules() if isinstance(module, BaseTunerLayer)]
+    scales = [getattr(layer, "scaling", {}).get(adapter) for layer in layers]
+    kinds = [type(getattr(layer, "lora_variant", {}).get(adapter)) for layer in layers]
+    return {place: weight.shape for place, weight in weights_of(policy, adapter).items()}, scales, kinds
 
 
 def train_adapter(policy: PeftModel, adapter: str) -> None:
@@ -152,6 +215,7 @@ def adapter_settings(policy: nn.Module, adapter: str) -> dict[str, JsonValue]:
         f"peft_config.{name}": getattr(config, name, None) for name in ("r", "lora_alpha", "use_rslora")
     }
     settings["peft_config.target_modules"] = targets if isinstance(targets, str) else sorted(targets or ())
+    settings["peft_config.modules_to_save"] = sorted(getattr(config, "modules_to_save", None) or ())
     return settings
 
 
@@ -159,13 +223,15 @@ def facts_of(model: nn.Module, tokenizer: Any = None) -> ModelFacts:
     """What the rules of a plan need of a loaded model, and of its tokenizer where it has one of its own."""
     language_model = causal_lm(model)
     config = language_model.config.get_text_config()
+    shapes = _base_shapes(language_model)
     return ModelFacts(
         model_type=config.model_type,
         architectures=tuple(language_model.config.architectures or ()),
         vocab_size=config.vocab_size,
         context_length=getattr(config, "max_position_embeddings", None),
         hidden_size=config.hidden_size,
-        linears=linears(_base_shapes(language_model)),
+        linears=linears(shapes),
+        modules=modules(shapes, config.vocab_size),
         tokenizer=tokenizer
         and TokenizerFacts(
             pad_token=tokenizer.pad_token,
@@ -178,9 +244,9 @@ def facts_of(model: nn.Module, tokenizer: Any = None) -> ModelFacts:
 def _base_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Of all weights, by the names they have without adapters; those of adapters are left out."""
     return {
-        name.replace(".base_layer.", "."): tuple(weight.shape)
+        name.replace(".base_layer.", ".").replace(".original_module.", "."): tuple(weight.shape)
         for name, weight in model.named_parameters()
-        if ".lora_" not in name
+        if ".lora_" not in name and ".modules_to_save." not in name
     }
 
 
@@ -246,19 +312,20 @@ def check_value_model(value_model: nn.Module | None, policy: ModelFacts, loc: Lo
     """See that a value model can be the critic of a policy.
 
     Raises:
-        ValueError: it has no `score` head with one output.
-        SpecError: it breaks a rule of `plan.check_value_model`.
+        SpecError: it has no `score` head with one output, or breaks a rule of `role_rules.check_value_model`.
     """
     if value_model is None:
         return
     score = getattr(value_model, "score", None)
     outputs = getattr(score, "out_features", None)
     if not hasattr(value_model, "base_model_prefix") or outputs != 1:
-        raise ValueError(
-            f"value_model is a {type(value_model).__name__} whose score head has {outputs} outputs; give a "
-            "...ForSequenceClassification with num_labels=1, or None for a head on the policy's trunk."
+        msg = (
+            f"A {type(value_model).__name__} given whose score head has {outputs} outputs; a value is one "
+            "number: give a ...ForSequenceClassification with num_labels=1, or None for a head on the "
+            "policy's trunk."
         )
-    issues = list(plan.check_value_model(facts_of(value_model), policy, loc))
+        raise SpecError([Issue(loc=loc, msg=msg)])
+    issues = list(role_rules.check_value_model(facts_of(value_model), policy, loc))
     if issues:
         raise SpecError(issues)
 

@@ -62,6 +62,7 @@ class Halvings(_File):
     """
 
     rollout: int = 0
+    reward: int = 0
     scoring: int = 0
     update: int = 0
 

@@ -9,6 +9,7 @@ import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +26,19 @@ from ppo_engine.advantages import RunningMoments
 from ppo_engine.card import Card, DataSet, model_card
 from ppo_engine.config import PPOConfig, beside_hyperparameters
 from ppo_engine.hyperparameters import Hyperparameters
+from ppo_engine.learn import Learner
 from ppo_engine.memory import Room
 from ppo_engine.parallel import Parallel
 from ppo_engine.plan import Schedule
 from ppo_engine.prompts import Prompt, digest
+from ppo_engine.reporting import Callbacks
 from ppo_engine.retention import kept
 from ppo_engine.roles import adapter_settings
 from ppo_engine.rollout.collect import Collector
 from ppo_engine.run_dir import complete_updates
 from ppo_engine.spec import DEFAULT_ADAPTER
 
-_FREE = {  # to change between a checkpoint and going on: they do not change what is computed
+FREE = {  # to change between a checkpoint and going on: they do not change what is computed
     *("save_steps", "eval_steps", "num_sample_generations"),
     *("save_total_limit", "metric_for_best_model", "greater_is_better"),
 }
@@ -58,17 +61,21 @@ class SavingTrainer(Trainer):
     optimizer: torch.optim.Optimizer
     lr_scheduler: torch.optim.lr_scheduler.LambdaLR
     state: PPOTrainerState
+    callback_handler: Callbacks
     ppo: Hyperparameters
     plan: Schedule
     parallel: Parallel
     prompts: list[Prompt]
     eval_prompts: dict[str, list[Prompt]]
     collector: Collector
+    learner: Learner
     room: Room
     is_peft_model: bool
     kl_coef: float
     score_moments: RunningMoments
     latest: dict[str, Any]
+    further_steps = 0
+    """Optimizer steps in the policy beyond the updates that are done: of one that could not be."""
 
     @property
     def _output_dir(self) -> Path:
@@ -133,6 +140,7 @@ class SavingTrainer(Trainer):
             rewards={reward.name: reward.weight for reward in self.collector.scorer.rewards},
             update=self.state.global_step,
             updates=self.plan.num_total_batches,
+            further_steps=self.further_steps,
             results=repeatable(next((logs for logs in logged if "objective/kl" in logs), {})),
             evaluation=repeatable(
                 next((logs for logs in logged if any(key.startswith("eval") for key in logs)), {})
@@ -142,7 +150,13 @@ class SavingTrainer(Trainer):
     def _data_sets(self) -> tuple[DataSet, ...]:
         known = {"train_dataset": self.prompts}
         known |= {f"eval_dataset{suffix}": prompts for suffix, prompts in self.eval_prompts.items()}
-        return tuple(DataSet(name, len(prompts), digest(prompts)) for name, prompts in known.items())
+        return tuple(
+            DataSet(self.data_name(name), len(prompts), digest(prompts)) for name, prompts in known.items()
+        )
+
+    def data_name(self, name: str) -> str:
+        """What a card calls a data set; a program may know where it comes from."""
+        return name
 
     def settings(self) -> tuple[str, dict[str, JsonValue]]:
         """What a card calls that which the run was told, and what that is; a program has its spec."""
@@ -157,7 +171,11 @@ class SavingTrainer(Trainer):
 
     def save_checkpoint(self, directory: Path) -> None:
         """Write everything that `load_checkpoint` needs to go on exactly. Every process calls this."""
-        checkpoint.write(directory, self.state.global_step, self.parallel, self._fill_checkpoint, self.latest)
+        self._write_checkpoint(directory, self._fill_checkpoint)
+
+    def _write_checkpoint(self, directory: Path, fill: Callable[[Path], None]) -> None:
+        checkpoint.write(directory, self.state.global_step, self.parallel, fill, self.latest)
+        self._whole.add(directory)
 
     def _fill_checkpoint(self, directory: Path) -> None:
         self.parallel.save_state(directory, self.model_wrapped, self.optimizer)
@@ -170,6 +188,7 @@ class SavingTrainer(Trainer):
                 "kl_coef": self.kl_coef,
                 "score_moments": asdict(self.score_moments),
                 "halvings": self.room.halvings,
+                "skipped": self.learner.skipped,
                 "latest": self.latest,
             }
             checkpoint.write_run_state(directory, {**state, **self.extra_state()})
@@ -207,6 +226,7 @@ class SavingTrainer(Trainer):
         self.kl_coef = saved["kl_coef"]
         self.score_moments = RunningMoments(**saved["score_moments"])
         self.room.at_least(saved["halvings"])
+        self.learner.skipped = saved["skipped"]
         self.latest = saved["latest"]
         self.state = PPOTrainerState.load_from_json(str(directory / checkpoint.TRAINER_STATE))
         self.state.is_local_process_zero = self.is_local_process_zero()
@@ -216,7 +236,7 @@ class SavingTrainer(Trainer):
     def _run_identity(self) -> dict[str, Any]:
         """What must be the same for a run to go on as it began."""
         return {
-            **self.ppo.model_dump(exclude=_FREE),
+            **self.ppo.model_dump(exclude=FREE),
             "world_size": self.plan.world_size,
             "num_total_batches": self.plan.num_total_batches,
             "prompts": f"{len(self.prompts)} rows, sha256 {digest(self.prompts)}",
@@ -235,19 +255,39 @@ class SavingTrainer(Trainer):
             self._fill_checkpoint(directory)
             self.save_model(str(directory), _internal_call=True)
 
-        checkpoint.write(root / f"{PREFIX_CHECKPOINT_DIR}-{update}", update, self.parallel, fill, self.latest)
+        def directory_of(update: int) -> Path:
+            return root / f"{PREFIX_CHECKPOINT_DIR}-{update}"
+
+        self._write_checkpoint(directory_of(update), fill)
         if self.args.push_to_hub and self.args.hub_strategy == HubStrategy.EVERY_SAVE:
             self.push_to_hub(commit_message=f"Training in progress, step {update}")
         if self.parallel.is_main:
-            updates = complete_updates(root, PREFIX_CHECKPOINT_DIR)
-            for old in set(updates) - self._kept(updates, lambda it: root / f"{PREFIX_CHECKPOINT_DIR}-{it}"):
-                shutil.rmtree(root / f"{PREFIX_CHECKPOINT_DIR}-{old}")
+            for old in self._outdated(complete_updates(root, PREFIX_CHECKPOINT_DIR), directory_of):
+                shutil.rmtree(directory_of(old))
 
-    def _kept(self, updates: Sequence[int], directory_of: Callable[[int], Path]) -> set[int]:
-        """The checkpoints that stay: the last ones, and the best one."""
+    def _outdated(self, updates: Sequence[int], directory_of: Callable[[int], Path]) -> set[int]:
+        """Of updates with a checkpoint, those that need not stay: all but the last ones and the best one.
+
+        Only whole ones of this run count, up to the one just made. Others are nobody's to delete: damaged
+        ones, those of another run in the same directory, those of a future that the run has gone back from.
+        """
+        run, now = self._run_identity(), self.state.global_step
+        own = [update for update in updates if update <= now and self._is_whole_of(directory_of(update), run)]
         metric = self.ppo.metric_for_best_model
-        values = {update: checkpoint.metric_at(directory_of(update), metric) for update in updates}
-        return kept(values, self.ppo.save_total_limit, greater_is_better=self.ppo.best_is_greatest)
+        values = {update: checkpoint.metric_at(directory_of(update), metric) for update in own}
+        return set(own) - kept(values, self.ppo.save_total_limit, greater_is_better=self.ppo.best_is_greatest)
+
+    def _is_whole_of(self, directory: Path, run: Mapping[str, Any]) -> bool:
+        if not checkpoint.is_of(directory, run):
+            return False
+        if directory not in self._whole and checkpoint.fault(directory) is None:
+            self._whole.add(directory)
+        return directory in self._whole
+
+    @cached_property
+    def _whole(self) -> set[Path]:
+        """Checkpoints that this process has made, or has read through to the last byte: once is enough."""
+        return set()
 
     def judge(self) -> bool:
         """Whether the checkpoint that is made now is the best so far; Trainer's state then knows it."""
@@ -263,7 +303,10 @@ class SavingTrainer(Trainer):
     def _checkpoint_to_resume(self, resume_from_checkpoint: str | Path | bool | None) -> Path | None:
         if resume_from_checkpoint is True:
             return checkpoint.newest_whole(self._output_dir, self.accelerator.print, PREFIX_CHECKPOINT_DIR)
-        return Path(resume_from_checkpoint) if resume_from_checkpoint else None
+        if not resume_from_checkpoint:
+            return None
+        checkpoint.require_whole(Path(resume_from_checkpoint))
+        return Path(resume_from_checkpoint)
 
 
 def repeatable(metrics: Mapping[str, Any]) -> dict[str, Any]:

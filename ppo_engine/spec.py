@@ -21,7 +21,7 @@ from ppo_engine.hyperparameters import (
     check_missing_stop,
 )
 from ppo_engine.issues import Issue, Loc, SpecError, issues_of, shortened, shown
-from ppo_engine.model_sources import LocalModel, ModelSource, public_name
+from ppo_engine.model_sources import HubData, LocalModel, ModelSource, public_name
 from ppo_engine.reward_kinds import (
     AdapterReward,
     Http,
@@ -49,13 +49,34 @@ class PromptLengths(Part):
     """Most tokens of a prompt; by default, and at most, the model's context less `ppo.response_length`."""
 
 
-class Prompts(PromptLengths):
-    """The prompt files of a run, by id. In a run directory they lie at `data/<id>.jsonl`."""
+PromptSource = Annotated[str, Field(pattern=IDENTIFIER)] | HubData
 
-    train: str = Field(pattern=IDENTIFIER)
-    """Prompts to train on."""
-    eval: str | None = Field(default=None, pattern=IDENTIFIER)
+
+class Prompts(PromptLengths):
+    """The prompts of a run: uploaded files, by id, or data sets of the hub."""
+
+    train: PromptSource = Field(
+        examples=["file_0190f3a2b4c57d8e9f00112233445566", {"type": "hub", "repo": "org/prompts"}]
+    )
+    """Prompts to train on: the id of a file, or a data set of the hub."""
+    eval: PromptSource | None = Field(
+        default=None, examples=[{"type": "hub", "repo": "org/prompts", "split": "test"}]
+    )
     """Held-out prompts, scored every `ppo.eval_steps` updates and after the last one."""
+
+    def sources(self) -> dict[str, str | HubData]:
+        """What is given, by its field."""
+        given = {"train": self.train, "eval": self.eval}
+        return {field: source for field, source in given.items() if source is not None}
+
+    def files(self) -> set[str]:
+        """The ids of uploaded files."""
+        return {source for source in self.sources().values() if isinstance(source, str)}
+
+
+def data_id(field: str, source: str | HubData) -> str:
+    """What the prompts of a field are called in a run directory, where they lie at `data/<id>.jsonl`."""
+    return source if isinstance(source, str) else f"hub-{field}"
 
 
 # What is trained ---------------------------------------------------------------------------------------
@@ -109,6 +130,12 @@ class Lora(Part):
         "all-linear"
     )
     """Names of linear modules, matched by their last component(s), or all of them but the output layer."""
+    modules_to_save: Annotated[
+        tuple[Annotated[str, Field(min_length=1)], ...], Field(strict=False, examples=[["lm_head"]])
+    ] = ()
+    """Modules that are trained whole beside them and exported with them, matched by the end of their names as
+    in peft. A small model may need `lm_head`, so that its output layer can move; where that is tied to the
+    embedding, the embedding stays. The reference keeps the modules as they were."""
     adapters: dict[str, ModelSource] = Field(default_factory=dict, max_length=64)
     """Adapters to load under a name, for `ppo.model_adapter_name`, `ppo.ref_adapter_name`, and
     `ppo.reward_adapter_name`."""
@@ -157,6 +184,16 @@ class RunSpec(Part):
     report_to: Annotated[tuple[Tracker, ...], Field(strict=False, examples=[["wandb"]])] = ()
     """Trackers that also get its metrics; the operator's workers have them, and the way to them."""
 
+    def at(self, commits: Mapping[Loc, str]) -> RunSpec:
+        """The same, with what is on the hub at these commits, by its place in the spec."""
+        raw: Any = self.model_dump(mode="json")
+        for loc, commit in commits.items():
+            source = raw
+            for step in loc:
+                source = source[step]
+            source["revision"] = commit
+        return parse(raw)
+
 
 def sources(spec: RunSpec) -> Iterator[tuple[Loc, ModelSource]]:
     """Every model a spec names, with its place in the spec."""
@@ -200,7 +237,8 @@ def identity(spec: RunSpec) -> dict[str, JsonValue]:
     shown = public(spec.model_copy(update={"method": method}))
     raw = {name: part for name, part in shown.items() if name in ("model", "method", "rewards")}
     own = {f"resources.{name}": getattr(spec.resources, name) for name in ("precision", "zero_stage")}
-    return {"prompts.train": spec.prompts.train, **own, **dict(_flat(raw))}
+    prompts: JsonValue = spec.prompts.model_dump(mode="json")["train"]
+    return {**dict(_flat(prompts, "prompts", "train")), **own, **dict(_flat(raw))}
 
 
 def public(spec: RunSpec) -> dict[str, JsonValue]:

@@ -33,24 +33,31 @@ from ppo_engine.advantages import masked_mean as masked_mean  # where TRL's scri
 from ppo_engine.advantages import masked_var as masked_var
 from ppo_engine.advantages import masked_whiten as masked_whiten
 from ppo_engine.arguments import (
-    check_value_adapter,
+    check_critic,
+    evaluation_sets,
     refuse_critic_rates,
     require_all_parameters,
-    require_eval_prompts,
-    require_own_metrics,
+    require_best_metric,
+    require_evaluations,
+    require_own_reference,
+    require_stop_token,
+    require_train_prompts,
     stop_token_id,
 )
-from ppo_engine.batch import Rollout
+from ppo_engine.batch import Rollout, padded
 from ppo_engine.config import PPOConfig, check_args, prompt_lengths
 from ppo_engine.draws import Purpose
 from ppo_engine.experience import TokenScores, experience_of
-from ppo_engine.issues import Issue, Loc, SpecError, shown
+from ppo_engine.facts import ModelFacts
+from ppo_engine.issues import Loc
 from ppo_engine.learn import Learner
 from ppo_engine.lora import fuse
 from ppo_engine.memory import Room
 from ppo_engine.metrics import (
     Clock,
+    columns_of,
     evaluation_metrics,
+    first_of_each_kind,
     mean_kl,
     samples_of,
     time_metrics,
@@ -73,13 +80,14 @@ from ppo_engine.roles import (
     generation_mode,
     recompute_activations,
     reference_adapter,
-    require_adapter,
     require_reward_adapter,
     set_modes,
 )
+from ppo_engine.rollout.agreement import samples_as_it_trains
 from ppo_engine.rollout.collect import Collector
+from ppo_engine.rollout.turns import Environment
 from ppo_engine.saving import PPOTrainerState, SavingTrainer, repeatable
-from ppo_engine.spec import DEFAULT_ADAPTER, check_best_metric
+from ppo_engine.spec import DEFAULT_ADAPTER
 
 _SAMPLES_SHOWN = 5
 
@@ -103,6 +111,7 @@ class PPOTrainer(SavingTrainer):
         Without, the completions shown are those that were trained on.
     optimizers: optimizer and schedule, instead of those that `args` describe.
     peft_config: wrap the policy with a new adapter.
+    environment: answers the policy wherever it comes to its stop token; None: there a response ends.
 
     Raises:
         SpecError: arguments that break a rule, before anything is loaded or moved.
@@ -123,39 +132,92 @@ class PPOTrainer(SavingTrainer):
         optimizers: tuple[Any, Any] = (None, None),
         callbacks: list[TrainerCallback] | None = None,
         peft_config: PeftConfig | None = None,
+        environment: Environment | None = None,
     ) -> None:
-        if train_dataset is None:
-            msg = "None given; a run needs prompts to train on: give a data set."
-            raise SpecError([Issue(loc=("train_dataset",), msg=msg)])
-        if ref_model is model:
-            msg = (
-                "The same object as model given; the reference would move with the policy: give a copy, or "
-                "None to have one made (with adapters: the base serves as the reference)."
-            )
-            raise SpecError([Issue(loc=("ref_model",), msg=msg)])
-        facts = facts_of(model, processing_class)
+        # 1. What cannot be is said before anything is made of the arguments.
+        facts = self._check(args, processing_class, model, ref_model, train_dataset, peft_config)
+        has_adapters = isinstance(model, PeftModel) or peft_config is not None
+        check_critic(args, self.ppo, value_model, has_adapters=has_adapters)
+        check_value_model(value_model, facts)
+        require_stop_token(environment, self.stop_token_id)
+        if optimizers[0] is not None:
+            refuse_critic_rates(self.ppo)
+        evaluated = require_evaluations(args, eval_dataset)
+        by_adapter = args.reward_adapter_name is not None
+        scorer = scorer_of(reward_model, processing_class, args.device, by_adapter=by_adapter)
+        require_best_metric(args, self.ppo, [reward.name for reward in scorer.rewards], evaluated)
+        # 2. The roles.
+        set_seed(args.seed)
+        actor_critic = self._assemble(args, model, ref_model, value_model, peft_config)
+        if optimizers[0] is not None:
+            require_all_parameters(optimizers[0], actor_critic)
+        # 3. Trainer's own part, which changes what the config says of caches: that would be exported.
+        use_cache = actor_critic.config.use_cache
+        super().__init__(
+            model=actor_critic,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        actor_critic.config.use_cache = use_cache
+        self.callback_handler = Callbacks(self.callback_handler, self.warn)
+        # 4. Where a run stands, and with whom it runs.
+        self.state = PPOTrainerState(**vars(self.state))
+        self.kl_coef = self.ppo.kl_coef
+        self.latest: dict[str, JsonValue] = {}  # metrics of the update just done, and of its evaluation
+        self.score_moments = RunningMoments()
+        self.parallel = Parallel(self.accelerator, self.ppo.max_grad_norm)
+        self.room = Room(self.parallel, partial(self.warn, "out_of_memory"))
+        # 5. The prompts.
+        read_train = self._read_prompts(train_dataset, "train_dataset", data_collator)
+        read_eval = self._read_eval_prompts(evaluated, data_collator)
+        self.prompt_sets = {"train_dataset": read_train}
+        self.prompt_sets |= {f"eval_dataset{suffix}": read for suffix, read in read_eval.items()}
+        self.prompts = read_train.prompts
+        self.eval_prompts = {suffix: read.prompts for suffix, read in read_eval.items()}
+        # 6. What samples, and what learns.
+        self._prepare()
+        self.collector = Collector(
+            self.parallel, processing_class, self.ppo, self.stop_token_id, scorer, self.room, environment
+        )
+
+    def _check(
+        self,
+        args: PPOConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        model: nn.Module,
+        ref_model: nn.Module | None,
+        train_dataset: Any,
+        peft_config: PeftConfig | None,
+    ) -> ModelFacts:
+        """The derived numbers, and what is known of the policy. Raises SpecError where a rule is broken."""
+        require_train_prompts(train_dataset)
+        require_own_reference(model, ref_model)
+        facts = facts_of(model, tokenizer)
         targets = None if isinstance(model, PeftModel) else getattr(peft_config, "target_modules", None)
         self.ppo, self.plan = check_args(args, len(train_dataset), facts, targets)
-        require_eval_prompts(args, eval_dataset)
-        self.stop_token_id = stop_token_id(args, processing_class)
-        has_adapters = isinstance(model, PeftModel) or peft_config is not None
-        check_value_adapter(args, self.ppo, value_model, has_adapters)
-        set_seed(args.seed)
-        policy = build_policy(model, peft_config, args.model_adapter_name)
+        self.stop_token_id = stop_token_id(args, tokenizer)
+        return facts
+
+    def _assemble(
+        self,
+        args: PPOConfig,
+        model: nn.Module,
+        ref_model: nn.Module | None,
+        value_model: nn.Module | None,
+        peft_config: PeftConfig | None,
+    ) -> ActorCritic:
+        """Policy and critic as one module; the reference beside it, where it is a model of its own."""
+        policy = build_policy(model, peft_config, args.model_adapter_name, args.ref_adapter_name)
         trained_adapter = args.model_adapter_name or DEFAULT_ADAPTER
         value_adapter = add_value_adapter(policy, trained_adapter) if args.value_adapter else None
         self.is_peft_model = isinstance(policy, PeftModel)
-        if args.ref_adapter_name is not None:
-            require_adapter(policy, args.ref_adapter_name, "ref_adapter_name")
         if args.reward_adapter_name is not None:
             require_reward_adapter(policy, args.reward_adapter_name, trained_adapter)
-        check_value_model(value_model, facts)
-        if value_model is not None and not self.ppo.has_critic:
-            msg = (
-                f"A {type(value_model).__name__} given with advantage_estimator "
-                f"{shown(self.ppo.advantage_estimator)}, which has no critic: leave it out."
-            )
-            raise SpecError([Issue(loc=("value_model",), msg=msg)])
         if ref_model is None and not self.is_peft_model:
             ref_model = frozen_copy(policy)
         self.ref_model = ref_model
@@ -169,57 +231,12 @@ class PPOTrainer(SavingTrainer):
                 recompute_activations(trained, args.activation_checkpointing_kwargs)
         if self.stop_token_id is not None:
             causal_lm(policy).generation_config.eos_token_id = self.stop_token_id
-        actor_critic = ActorCritic(
+        return ActorCritic(
             policy,
             value_model,
             value_head=self.ppo.has_critic,
             value_adapter=value_adapter,
             reward_adapter=args.reward_adapter_name,
-        )
-        if optimizers[0] is not None:
-            require_all_parameters(optimizers[0], actor_critic)
-            refuse_critic_rates(self.ppo)
-        use_cache = actor_critic.config.use_cache
-        super().__init__(
-            model=actor_critic,
-            args=args,
-            data_collator=data_collator,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            callbacks=callbacks,
-            optimizers=optimizers,
-        )
-        actor_critic.config.use_cache = (
-            use_cache  # Trainer's constructor changes it, and it would be exported
-        )
-        self.callback_handler = Callbacks(self.callback_handler, self.warn)
-        self.state = PPOTrainerState(**vars(self.state))
-        self.kl_coef = self.ppo.kl_coef
-        self.latest: dict[str, JsonValue] = {}  # metrics of the update just done, and of its evaluation
-        self.score_moments = RunningMoments()
-        self.parallel = Parallel(self.accelerator, self.ppo.max_grad_norm)
-        self.room = Room(self.parallel, partial(self.warn, "out_of_memory"))
-        self.prompt_sets = {
-            "train_dataset": self._read_prompts(train_dataset, "train_dataset", data_collator)
-        }
-        held_out = self._read_eval_prompts(eval_dataset, data_collator)
-        self.prompt_sets |= {f"eval_dataset{suffix}": read for suffix, read in held_out.items()}
-        self.prompts = self.prompt_sets["train_dataset"].prompts
-        self.eval_prompts = {suffix: read.prompts for suffix, read in held_out.items()}
-        self._prepare()
-        scorer = scorer_of(
-            reward_model,
-            processing_class,
-            self.parallel.device,
-            by_adapter=args.reward_adapter_name is not None,
-        )
-        names = [reward.name for reward in scorer.rewards]
-        evaluations = [] if args.eval_strategy == "no" else [f"eval{suffix}" for suffix in self.eval_prompts]
-        if issues := list(check_best_metric(self.ppo, names, evaluations)):
-            raise SpecError(issues)
-        self.collector = Collector(
-            self.parallel, processing_class, self.ppo, self.stop_token_id, scorer, self.room
         )
 
     def _read_prompts(self, rows: Any, name: str, data_collator: Callable[..., Any] | None) -> PromptSet:
@@ -236,19 +253,12 @@ class PPOTrainer(SavingTrainer):
         )
 
     def _read_eval_prompts(
-        self, given: Any, data_collator: Callable[..., Any] | None
+        self, data_sets: Mapping[str, Any], data_collator: Callable[..., Any] | None
     ) -> dict[str, PromptSet]:
-        """By what follows "eval" in the names of their metrics: nothing, or the name of each of several."""
-        if given is None:
-            return {}
-        if isinstance(given, Mapping):
-            require_own_metrics(given)
-            several = {f"/{name}": rows for name, rows in given.items()}
-        else:
-            several = {"": given}
+        """By what follows "eval" in the names of their metrics."""
         return {
             suffix: self._read_prompts(rows, "eval_dataset", data_collator)
-            for suffix, rows in several.items()
+            for suffix, rows in data_sets.items()
         }
 
     limit_names = ("overlong_prompts", "max_prompt_length")
@@ -260,15 +270,9 @@ class PPOTrainer(SavingTrainer):
 
     def _prepare(self) -> None:
         """Hand the trained module to the processes; nothing is added to it afterwards."""
-        self.create_optimizer()
-        if self.lr_scheduler is None:
-            drop_empty_groups(self.optimizer)
-        if self.ppo.has_own_critic_rate:
-            rate = self.ppo.critic_learning_rate or self.ppo.learning_rate
-            split_groups(self.optimizer, self.model.critic_parameters(), rate)
-        self.create_scheduler(self.plan.num_total_batches)
-        if self.ppo.critic_warmup:
-            self.lr_scheduler = critic_first(self.lr_scheduler, self.ppo.critic_warmup)
+        in_fp32 = self.accelerator.mixed_precision == "no"
+        self.samples_as_it_trains = in_fp32 and samples_as_it_trains(self.model)
+        self._make_optimizer()
         self.model_wrapped, self.optimizer = self.parallel.prepare(self.model, self.optimizer)
         if self.is_deepspeed_enabled:
             self.deepspeed = self.model_wrapped
@@ -278,6 +282,18 @@ class PPOTrainer(SavingTrainer):
             reference = ActorCritic(self.ref_model, None, value_head=False).requires_grad_(False).eval()
             self.reference = self.parallel.prepare_frozen(reference, self.model_wrapped)
         self.learner = Learner(self.parallel, self.model_wrapped, self.optimizer, self.ppo, self.room)
+
+    def _make_optimizer(self) -> None:
+        """The optimizer and its schedule, the critic apart in both where it has a rate of its own."""
+        self.create_optimizer()
+        if self.lr_scheduler is None:
+            drop_empty_groups(self.optimizer)
+        if self.ppo.has_own_critic_rate:
+            rate = self.ppo.critic_learning_rate or self.ppo.learning_rate
+            split_groups(self.optimizer, self.model.critic_parameters(), rate)
+        self.create_scheduler(self.plan.num_total_batches)
+        if self.ppo.critic_warmup:
+            self.lr_scheduler = critic_first(self.lr_scheduler, self.ppo.critic_warmup)
 
     # What a script finds under TRL's names ---------------------------------------------------------------
 
@@ -335,8 +351,9 @@ class PPOTrainer(SavingTrainer):
         resume_from_checkpoint: a checkpoint's directory; True: the newest whole one in `output_dir`.
 
         Raises:
+            SpecError: that directory is no whole checkpoint.
             CheckpointMismatch: the checkpoint is of a run with other settings.
-            NotFinite: loss or gradients were not finite too many times in a row.
+            NotFinite: loss or gradients were not finite in three optimizer steps in a row.
             RewardError: a reward failed.
         """
         self._begin(resume_from_checkpoint)
@@ -395,10 +412,8 @@ class PPOTrainer(SavingTrainer):
         # 3. Ask the rewards.
         scores = self._score(rollout)
         clock.lap("reward")
-        # 4. Log-probabilities under policy and reference, and values, as the training forward gives them.
-        logprobs_BR, values_BR = self.learner.score(
-            self.model_wrapped, rollout, with_value=self.ppo.has_critic
-        )
+        # 4. Log-probabilities under policy and reference, and values.
+        logprobs_BR, values_BR = self._policy_scores(rollout)
         tokens = TokenScores(logprobs_BR, self._reference_logprobs(rollout), values_BR)
         # 5. Rewards per token, advantages, returns.
         kl_coef = self.kl_coef
@@ -425,6 +440,17 @@ class PPOTrainer(SavingTrainer):
             "episode": float(update * self.plan.batch_size),
             **time_metrics(rollout, clock),
         }
+
+    def _policy_scores(self, rollout: Rollout) -> tuple[Tensor, Tensor | None]:
+        """Log-probabilities and values [B, R], as sampling computed them; where it did not, by a forward."""
+        if rollout.logprobs is None:
+            return self.learner.score(self.model_wrapped, rollout, with_value=self.ppo.has_critic)
+        logprobs_BR, values_BR = padded(rollout.logprobs, self.parallel.device), None
+        if rollout.values is not None:
+            values_BR = padded(rollout.values, self.parallel.device)
+        elif self.ppo.has_critic:
+            values_BR = self.learner.values(rollout)
+        return logprobs_BR, values_BR
 
     def _moments_including(self, scores: Scores) -> RunningMoments | None:
         """Of all scores so far, where they are normalised."""
@@ -458,7 +484,9 @@ class PPOTrainer(SavingTrainer):
         )
         is_sharded = self.parallel.zero_stage == 3
         gathers = is_sharded and self.args.ds3_gather_for_generation
-        whole = self.parallel.standing_alone(self.model_wrapped, policy) if gathers else nullcontext()
+        value_head = self.model.value_head if self.model.critic == "head" else None
+        parts = [policy] if value_head is None else [policy, value_head]
+        whole = self.parallel.standing_alone(self.model_wrapped, *parts) if gathers else nullcontext()
         with generation_mode(policy), whole, self.accelerator.autocast():
             return self.collector.sample(
                 causal_lm(policy),
@@ -468,6 +496,8 @@ class PPOTrainer(SavingTrainer):
                 temperature=temperature,
                 batch_rows=rows,
                 in_step=is_sharded and not gathers,
+                scored=is_rollout and self.samples_as_it_trains,
+                value_head=value_head,
             )
 
     def _score(self, rollout: Rollout) -> Scores:
@@ -499,7 +529,7 @@ class PPOTrainer(SavingTrainer):
     ) -> dict[str, float]:
         """Score a sampled and the most likely response to every evaluation prompt.
 
-        The means are logged, and a few of both shown.
+        The means are logged; of both a few are shown, and in the tables of trackers.
 
         eval_dataset: instead of the constructor's. Of several data sets, the metrics of each are named
         `<metric_key_prefix>/<name>/…`; those of the most likely responses have `greedy/` before their own.
@@ -507,7 +537,7 @@ class PPOTrainer(SavingTrainer):
         Raises:
             ValueError: there is no data set.
         """
-        own = self._read_eval_prompts(eval_dataset, None)
+        own = self._read_eval_prompts(evaluation_sets(eval_dataset), None)
         self._warn_of_overlong({f"eval_dataset{suffix}": read for suffix, read in own.items()})
         given = {suffix: read.prompts for suffix, read in own.items()} or self.eval_prompts
         if not given:
@@ -528,11 +558,15 @@ class PPOTrainer(SavingTrainer):
         return metrics
 
     def generate_completions(self, sampling: bool = False) -> None:
-        """Show the most likely responses to the evaluation prompts; `sampling`: to a few of them only."""
+        """Score the most likely responses to the evaluation prompts; `sampling`: to the first batch of them.
+
+        A few are shown; the tables of trackers have them all.
+        """
         samples: list[dict[str, Any]] = []
+        most = max(self.args.per_device_eval_batch_size, _SAMPLES_SHOWN) if sampling else None
         for suffix, prompts in self.eval_prompts.items():
-            rollout = self._sample(prompts[:_SAMPLES_SHOWN] if sampling else prompts, 0, Purpose.SAMPLES, 0.0)
-            samples += samples_of(rollout, self._score(rollout), f"eval{suffix}/greedy", _SAMPLES_SHOWN)
+            rollout = self._sample(prompts[:most], 0, Purpose.SAMPLES, 0.0)
+            samples += samples_of(rollout, self._score(rollout), f"eval{suffix}/greedy", len(rollout))
         if samples:
             self._show_samples(samples, self.state.global_step)
 
@@ -542,8 +576,11 @@ class PPOTrainer(SavingTrainer):
         return (update - 1) * times % self.plan.num_total_batches < times
 
     def _show_samples(self, samples: list[dict[str, Any]], update: int) -> None:
-        if self.parallel.is_main:
-            self.log_samples(samples, update)
+        """All to trackers, the first few of each kind to people."""
+        if not self.parallel.is_main:
+            return
+        self.log_samples(first_of_each_kind(samples, _SAMPLES_SHOWN), update)
+        self.callback_handler.show(columns_of(samples, update), update, self.args, self.state, self.control)
 
     def _warn_of_overlong(self, sets: Mapping[str, PromptSet]) -> None:
         for name, read in sets.items():
@@ -558,7 +595,7 @@ class PPOTrainer(SavingTrainer):
         self.accelerator.print(f"{code}: {message}")
 
     def log_samples(self, samples: list[dict[str, Any]], update: int) -> None:
-        """Print all completions that an update shows, on the main process.
+        """Print the completions that an update shows, on the main process.
 
         A program that reports elsewhere overrides this.
         """

@@ -14,7 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from service import migrate
 from service.errors import ServiceError
-from service.settings import Settings
+from service.settings import Settings, of_environment
 from service.store import keys
 from service.store.session import Store, driver_url
 
@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command; its exit status."""
     arguments = _parser().parse_args(argv)
     try:
-        for line in asyncio.run(_run(Settings(), arguments)):
+        for line in asyncio.run(_run(of_environment(Settings), arguments)):
             sys.stdout.write(line + "\n")
     except ServiceError as error:
         sys.stderr.write(f"{error.detail}\n")

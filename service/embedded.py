@@ -27,7 +27,7 @@ from typing import NoReturn
 from service import migrate
 from service.admin import create_key
 from service.errors import Unauthenticated
-from service.settings import Settings, create_private
+from service.settings import Settings, create_private, of_environment
 from service.store import keys
 from service.store.session import Store
 
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "PROXIMA_ALLOW_CPU": os.environ.get("PROXIMA_ALLOW_CPU", "true"),
     }
     os.environ.update(environment)
-    settings = Settings()
+    settings = of_environment(Settings)
     migrate.upgrade(settings.database_url)
     (settings.data_dir / "models").mkdir(exist_ok=True)
     key = _first_key(settings)

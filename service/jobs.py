@@ -53,7 +53,14 @@ class Jobs:
 
     async def estimate(self, project_id: str, spec: Mapping[str, Any]) -> Plan:
         """The numbers that follow from a spec. Raises Invalid."""
-        return (await self._planner.plan(project_id, spec)).plan
+        planned = (await self._planner.plan(project_id, spec)).plan
+        if planned is None:
+            msg = (
+                "Not given, and the number of prompts is not known before a worker has read prompts.train on "
+                "the hub; give it to have an estimate."
+            )
+            raise invalid([Issue(loc=("spec", "ppo", "total_episodes"), msg=msg)])
+        return planned
 
     async def create(self, project_id: str, body: JobCreate, key: str | None) -> Made:
         """Make a job, and tell the workers.
@@ -138,15 +145,15 @@ def _fingerprint(body: JobCreate) -> str:
 
 
 def _new_job(body: JobCreate, planned: Planned) -> jobs.NewJob:
-    prompts = planned.spec.prompts
+    plan = planned.plan
     return jobs.NewJob(
         spec=planned.spec.model_dump(mode="json"),
         spec_version=SPEC_VERSION,
         name=body.name,
-        plan=planned.plan.model_dump(mode="json"),
-        total_updates=planned.plan.num_total_batches,
+        plan=None if plan is None else plan.model_dump(mode="json"),
+        total_updates=None if plan is None else plan.num_total_batches,
         metadata=body.metadata,
-        files={file_id for file_id in (prompts.train, prompts.eval) if file_id is not None},
+        files=planned.spec.prompts.files(),
     )
 
 

@@ -25,7 +25,7 @@ from service.files import Files
 from service.jobs import Jobs
 from service.planning import Planner
 from service.results import Results
-from service.settings import Settings
+from service.settings import Settings, of_environment
 from service.storage import Storage
 from service.store import events as store_events
 from service.store.session import Store
@@ -41,7 +41,7 @@ Every request but those for this page and for health carries an API key: `Author
 
 def create_app(settings: Settings | None = None) -> FastAPI:
     """The application. settings: by default, those of the environment."""
-    settings = settings or Settings()
+    settings = settings or of_environment(Settings)
     app = FastAPI(
         title="Proxima",
         version="1",

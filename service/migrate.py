@@ -17,7 +17,7 @@ from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, NullPool, create_engine, func, select
 
-from service.settings import Settings
+from service.settings import Settings, of_environment
 from service.store.session import driver_url, listen_sqlite
 
 _MIGRATION_LOCK = 0x7072_6F78_6D69  # any number, of Postgres' advisory locks
@@ -64,7 +64,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m service.migrate", description=__doc__)
     parser.add_argument("--new", metavar="MESSAGE", help="write a new revision instead")
     message = parser.parse_args().new
-    url = Settings().database_url
+    url = of_environment(Settings).database_url
     if message is None:
         upgrade(url)
         return

@@ -1,4 +1,4 @@
-"""The models a job names: which it may name, and what can be told of them from here.
+"""The models and data sets a job names: which it may name, and what can be told of them from here.
 
 A local path is followed only inside the directories the operator allows, symlinks included. Where such a
 directory is not mounted on this machine, nothing is told of the model, and the worker judges it.
@@ -14,7 +14,7 @@ from typing import Any
 
 from ppo_engine.facts import AdapterFacts, Facts, FactsError, ModelFacts, facts_at, gather
 from ppo_engine.issues import Issue, Loc, SpecError, shown
-from ppo_engine.model_sources import HubModel, LocalModel, ModelSource
+from ppo_engine.model_sources import HubData, HubModel, LocalModel, ModelSource
 from ppo_engine.reward_kinds import Plugin
 from ppo_engine.spec import RunSpec, parse
 from ppo_engine.spec import sources as sources
@@ -78,7 +78,7 @@ def resolve(spec: RunSpec, roots: Sequence[Path], *, allow_hub: bool) -> RunSpec
     """The spec with every local path made real and absolute.
 
     Raises:
-        SpecError: with every model that may not be named.
+        SpecError: with every model and data set that may not be named.
     """
     issues: list[Issue] = []
     raw = spec.model_dump(mode="json")
@@ -93,6 +93,8 @@ def resolve(spec: RunSpec, roots: Sequence[Path], *, allow_hub: bool) -> RunSpec
             _part(raw, loc)["path"] = str(locate(source.path, roots))
         except PathRefused as refusal:
             issues.append(Issue(loc=(*loc, "path"), msg=str(refusal)))
+    if not allow_hub:
+        issues += _data_issues(spec)
     issues += _plugin_issues(spec)
     if issues:
         raise SpecError(issues)
@@ -104,6 +106,16 @@ def _part(raw: Any, loc: Loc) -> dict[str, Any]:
         raw = raw[step]
     assert isinstance(raw, dict)
     return raw
+
+
+def _data_issues(spec: RunSpec) -> Iterator[Issue]:
+    for field, source in spec.prompts.sources().items():
+        if isinstance(source, HubData):
+            yield Issue(
+                loc=("prompts", field, "repo"),
+                msg=f"{shown(source.repo)} of the hub given; the operator allows uploaded files only: upload "
+                "its rows, and give the id of the file.",
+            )
 
 
 def _plugin_issues(spec: RunSpec) -> Iterator[Issue]:

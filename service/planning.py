@@ -14,7 +14,8 @@ import anyio.to_thread
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from ppo_engine.issues import Issue, Loc, SpecError, shortened, shown
-from ppo_engine.plan import Plan, plan
+from ppo_engine.model_sources import HubData
+from ppo_engine.plan import Plan, check, plan
 from ppo_engine.spec import RunSpec, parse
 from service import models
 from service.errors import Invalid, NotFound
@@ -32,11 +33,12 @@ class Planned:
     """A run that can be.
 
     spec: as its owner wrote it, with every default. Where models really lie is not theirs to see: the worker
-    looks for them again.
+    looks for them again. plan: None where it needs the number of prompts, which nobody knows before a worker
+    has read them on the hub.
     """
 
     spec: RunSpec
-    plan: Plan
+    plan: Plan | None
 
 
 class Planner:
@@ -73,8 +75,14 @@ class Planner:
             raise SpecError([*issues, *error.issues]) from None
         if issues:
             raise SpecError(issues)
+        rows = found["train"].rows if "train" in found else None
         columns = {field: file.columns for field, file in found.items()}
-        return Planned(given, plan(spec, models.read_facts(spec, given, found["train"].rows, columns)))
+        facts = models.read_facts(spec, given, rows, columns)
+        if rows is not None or spec.ppo.total_episodes is not None:
+            return Planned(given, plan(spec, facts))
+        if broken := check(spec, facts):
+            raise SpecError(broken)
+        return Planned(given, None)
 
 
 def _read(raw: Mapping[str, Any]) -> RunSpec:
@@ -92,15 +100,15 @@ def invalid(issues: list[Issue]) -> Invalid:
 async def _find_prompts(
     session: AsyncSession, project_id: str, spec: RunSpec
 ) -> tuple[dict[str, File], list[Issue]]:
-    """The files of prompts, by their fields, and what is wrong with those named."""
+    """The uploaded files of prompts, by their fields, and what is wrong with those named."""
     found: dict[str, File] = {}
     issues: list[Issue] = []
-    for field, file_id in (("train", spec.prompts.train), ("eval", spec.prompts.eval)):
-        if file_id is None:
-            continue
+    for field, source in spec.prompts.sources().items():
+        if isinstance(source, HubData):
+            continue  # a worker looks for it
         try:
-            found[field] = await files.get_file(session, project_id, file_id)
+            found[field] = await files.get_file(session, project_id, source)
         except NotFound:
-            msg = f"{shown(file_id)} given; this project has no such file: upload it, and give its id."
+            msg = f"{shown(source)} given; this project has no such file: upload it, and give its id."
             issues.append(Issue(loc=("prompts", field), msg=msg))
     return found, issues

@@ -140,13 +140,15 @@ class Job(Answer):
     update: int
     """Updates completed."""
     total_updates: int | None
-    """Updates of the whole run."""
+    """Updates of the whole run; null as `plan` is."""
     error: JobError | None
     """Why it failed, if it did."""
     spec: SpecJson
-    """The spec as it was given, with every default filled in."""
+    """The spec as it was given, with every default filled in; once a worker has read a data set of the hub,
+    with the commit that it found."""
     plan: Plan | None
-    """The numbers that follow from the spec."""
+    """The numbers that follow from the spec; null while they need the number of rows that a data set of the
+    hub has, which a worker counts."""
     metadata: dict[str, str]
     """As it was given."""
 

@@ -18,6 +18,7 @@ from typing import Any
 from celery import Celery, signals
 
 from service.queue import TASK, broker_config
+from service.settings import of_environment
 from service.storage import Storage
 from service.store.session import Store
 from worker.launch import find_gpus
@@ -27,7 +28,7 @@ from worker.train import Worker, run_jobs
 
 log = logging.getLogger(__name__)
 
-settings = WorkerSettings()
+settings = of_environment(WorkerSettings)
 gpus = find_gpus(os.environ) if settings.gpus is None else settings.gpus
 
 app = Celery("proxima", set_as_current=False)

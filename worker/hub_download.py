@@ -1,10 +1,10 @@
 """A program that brings a model of the Hugging Face hub into this machine's cache.
 
-    hub_download.py REPO REVISION ANSWER
+    python -m worker.hub_download ANSWER REPO REVISION
 
 It writes the snapshot's directory into the file ANSWER and ends with status 0; or why there is none, with
-status 1, or with `LATER` where the same may be had another time. It is run by its path, below a guard: a
-download takes long, and can be ended at any moment.
+status 1, or with `LATER` where the same may be had another time. It is run below a guard: a download takes
+long, and can be ended at any moment.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ NEVER = (RepositoryNotFoundError, RevisionNotFoundError, DisabledRepoError, HFVa
 PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
 
 
-def main(repo: str, revision: str, answer: Path) -> int:
+def main(answer: Path, repo: str, revision: str) -> int:
     try:
         snapshot = snapshot_download(repo, revision=revision, allow_patterns=PATTERNS)
     except Exception as error:
@@ -42,4 +42,4 @@ def main(repo: str, revision: str, answer: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], sys.argv[2], Path(sys.argv[3])))
+    sys.exit(main(Path(sys.argv[1]), *sys.argv[2:]))

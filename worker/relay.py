@@ -114,6 +114,23 @@ class Relay:
             if events:
                 await self._beat(events, offset)
 
+    async def begin_anew(self, patience: Patience) -> None:
+        """Store the last lines of an engine that has ended, before another one is started in its place.
+
+        That one finds no events, as in a new attempt, and says again what follows its checkpoint; of events
+        whose keys are known, none is kept twice.
+
+        Raises:
+            FenceLost: the attempt is somebody else's.
+            Outage: the database stayed away for longer than patience lasts.
+        """
+        async with self._lock:
+            events, offset = read_complete(self._run_dir.events, self._offset)
+            if events:
+                await persist(partial(self._beat, events, offset), patience)
+            self._run_dir.events.unlink(missing_ok=True)
+            self._offset = 0
+
     async def settle(self, move: Move, patience: Patience) -> None:
         """Store the last lines and make the last move, in one transaction; then the beat ends.
 

@@ -6,10 +6,11 @@ Lists are JSON: `PROXIMA_LAUNCHER='["srun", "--ntasks={processes}"]'`.
 from __future__ import annotations
 
 import sys
+from typing import Annotated
 
 from pydantic import Field, PositiveFloat
 
-from service.settings import Settings
+from service.settings import Json, Settings
 
 
 class WorkerSettings(Settings):
@@ -17,15 +18,17 @@ class WorkerSettings(Settings):
 
     queue: str = "default"
     """The queue whose jobs it takes."""
-    gpus: tuple[str, ...] | None = None
+    gpus: Annotated[tuple[str, ...] | None, Json] = None
     """The GPUs it owns, as CUDA names them; `[]` for none. Default: all that CUDA_VISIBLE_DEVICES, or the
     driver, shows."""
-    engine_command: tuple[str, ...] = Field(default=(sys.executable, "-m", "ppo_engine"), min_length=1)
+    engine_command: Annotated[tuple[str, ...], Json] = Field(
+        default=(sys.executable, "-m", "ppo_engine"), min_length=1
+    )
     """The engine; the run directory and the attempt are added."""
-    launcher: tuple[str, ...] = ()
+    launcher: Annotated[tuple[str, ...], Json] = ()
     """Command put in front of the engine's, with `{processes}` for their number, instead of what Proxima
     would use: nothing for one process, `accelerate launch` for several."""
-    engine_environment: tuple[str, ...] = ()
+    engine_environment: Annotated[tuple[str, ...], Json] = ()
     """Names of further variables of the worker's environment that its engines get."""
     http_allow_private: bool = False
     """Let rewards of type `http` be asked for at private addresses, loopback among them: whoever may submit a

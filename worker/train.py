@@ -16,13 +16,14 @@ from functools import partial
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from ppo_engine.events import BEGUN_AGAIN
 from ppo_engine.issues import SpecError
 from ppo_engine.reward_kinds import HTTP_ALLOW_PRIVATE, SECRET_PREFIX
-from ppo_engine.run_dir import Acks, RunDir
-from ppo_engine.spec import RunSpec, Tracker, secrets
+from ppo_engine.run_dir import Acks, Halvings, RunDir
+from ppo_engine.spec import SPEC_VERSION, RunSpec, Tracker, secrets
 from service.queue import ring
 from service.storage import Storage
-from service.store import artifacts, transitions
+from service.store import artifacts, events, transitions
 from service.store.models import Artifact
 from service.store.session import Store
 from service.store.transitions import Claim, Fence, FenceLost
@@ -169,6 +170,7 @@ class Attempt:
             if not starts_again(result, self._relay.wish):
                 return judge(result, status, self._relay.wish)
             log.warning("%s: the engine ran out of memory, and is started with less", self._fence.job_id)
+            await self._relay.begin_anew(self._patience(PATIENCE_SECONDS))
             self._run_dir.result.unlink()  # one that cannot even start must not seem to have ended so again
 
     async def _prepare(self) -> Ready | None:
@@ -178,10 +180,11 @@ class Attempt:
         preparation = Preparation(
             store=self._worker.store,
             storage=self._worker.storage,
-            hub=Hub(environment),
+            hub=Hub(environment, settings.max_file_bytes),
             model_roots=settings.model_roots,
             allow_hub_models=settings.allow_hub_models,
             gpus=len(self._worker.gpus),
+            launcher=settings.launcher,
         )
         task = asyncio.create_task(
             persist(partial(self._fill, preparation), self._patience(PATIENCE_SECONDS))
@@ -198,7 +201,14 @@ class Attempt:
         plan = ready.plan.model_dump(mode="json")
         async with self._worker.store.write() as session:
             await transitions.set_plan(session, self._fence, plan, ready.plan.num_total_batches)
+            if ready.pinned is not None:
+                pinned = ready.pinned.model_dump(mode="json")
+                await transitions.pin(session, self._fence, pinned, SPEC_VERSION)
             await self._forget(session, ready.damaged)
+            known = await events.newest_keyed(session, self._fence.job_id, BEGUN_AGAIN)
+        if known is not None:  # there may be no checkpoint that has it
+            times = {name: known.data.get(name, 0) for name in Halvings.model_fields}
+            await asyncio.to_thread(self._run_dir.write_halvings, Halvings(**times))
         return ready
 
     async def _forget(self, session: AsyncSession, damaged: Sequence[Artifact]) -> None:

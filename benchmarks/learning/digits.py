@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from benchmarks.learning.curve import Curve, of_log
+from benchmarks.learning.curve import PLAIN, Curve
 from ppo_engine import PPOConfig, PPOTrainer
 
 MODULUS, MOST_NUMBERS = 10, 9
@@ -109,14 +109,7 @@ def run(variant: str, seed: int, output: Path) -> Curve:
         vf_coef=1.0,
         max_grad_norm=1.0,
         kl_coef=0.0,
-        bf16=False,
-        gradient_checkpointing=False,
-        use_cpu=True,
-        report_to="none",
-        disable_tqdm=True,
-        logging_steps=1,
-        save_strategy="no",
-        num_sample_generations=0,
+        **PLAIN,
         **VARIANTS[variant],
     )
     trainer = PPOTrainer(
@@ -129,14 +122,4 @@ def run(variant: str, seed: int, output: Path) -> Curve:
         train_dataset=prompts(),
     )
     trainer.train()
-    log = trainer.state.log_history
-    rewards = of_log(log, "objective/scores")
-    return Curve(
-        task="digits",
-        variant=variant,
-        seed=seed,
-        episodes=[float(BATCH * update) for update in range(1, len(rewards) + 1)],
-        rewards=rewards,
-        kl=of_log(log, "objective/kl"),
-        final=sum(rewards[-10:]) / 10,
-    )
+    return Curve.of_run("digits", variant, seed, BATCH, trainer.state.log_history)

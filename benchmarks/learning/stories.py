@@ -8,7 +8,7 @@ from happy_stories import happiness
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.learning.curve import Curve, of_log
+from benchmarks.learning.curve import PLAIN, Curve
 from ppo_engine import PPOConfig, PPOTrainer
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "stories"
@@ -41,14 +41,7 @@ def run(variant: str, seed: int, model: Path, output: Path) -> Curve:
         temperature=1.0,
         learning_rate=1e-3,
         lr_scheduler_type="constant",
-        bf16=False,
-        gradient_checkpointing=False,
-        use_cpu=True,
-        report_to="none",
-        disable_tqdm=True,
-        logging_steps=1,
-        save_strategy="no",
-        num_sample_generations=0,
+        **PLAIN,
         **VARIANTS[variant],
     )
     trainer = PPOTrainer(
@@ -63,14 +56,4 @@ def run(variant: str, seed: int, model: Path, output: Path) -> Curve:
     )
     trainer.train()
     log = list(trainer.state.log_history)
-    final = trainer.evaluate()["eval/scores"]
-    rewards = of_log(log, "objective/scores")
-    return Curve(
-        task="stories",
-        variant=variant,
-        seed=seed,
-        episodes=[float(BATCH * update) for update in range(1, len(rewards) + 1)],
-        rewards=rewards,
-        kl=of_log(log, "objective/kl"),
-        final=final,
-    )
+    return Curve.of_run("stories", variant, seed, BATCH, log, trainer.evaluate()["eval/scores"])

@@ -14,7 +14,7 @@ from randomwalks.policy import fit
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from benchmarks.learning.curve import Curve, of_log
+from benchmarks.learning.curve import PLAIN, Curve
 
 EPISODES, BATCH, RESPONSE = 2560, 128, 9
 WALKS_PER_START = 50
@@ -32,27 +32,14 @@ COMMON: dict[str, Any] = {
     "kl_coef": 0.0,
     "gamma": 1.0,
     "weight_decay": 1e-6,
-    "bf16": False,
-    "gradient_checkpointing": False,
-    "use_cpu": True,
-    "report_to": "none",
-    "disable_tqdm": True,
-    "logging_steps": 1,
-    "save_strategy": "no",
-    "num_sample_generations": 0,
+    **PLAIN,
 }
-_GAE = {
-    "num_return_sequences": 4,
-    "num_mini_batches": 2,
-    "lam": 1.0,
-    "vf_coef": 1.0,
-    "critic_learning_rate": 1e-3,
-}
+_GAE = {"num_mini_batches": 4, "lam": 1.0, "vf_coef": 1.0, "critic_learning_rate": 1e-3}
 _RLOO = {"advantage_estimator": "rloo", "num_return_sequences": 8, "num_mini_batches": 4}
 VARIANTS: dict[str, dict[str, Any]] = {
-    "full, gae": {**_GAE, "learning_rate": 3e-4},
-    "full, rloo": {**_RLOO, "learning_rate": 3e-4, "cliprange_high": 0.4},
-    "LoRA, gae": {**_GAE, "learning_rate": 7e-4},
+    "full, gae": {**_GAE, "learning_rate": 2e-4},
+    "full, rloo": {**_RLOO, "learning_rate": 2e-4, "cliprange_high": 0.4},
+    "LoRA, gae": {**_GAE, "learning_rate": 5e-4},
     "LoRA, rloo": {**_RLOO, "learning_rate": 5e-4},
     # trlX's own hyperparameters, with which both trainers are compared.
     "trlX's settings": {
@@ -92,17 +79,9 @@ def run(library: str, variant: str, seed: int, base: Path, output: Path) -> Curv
         peft_config=lora() if variant.startswith("LoRA") else None,
     )
     trainer.train()
-    log = trainer.state.log_history
-    rewards = of_log(log, "objective/scores")
-    return Curve(
-        task="walks",
-        variant=f"{variant}, TRL 1.12" if library == "trl" else variant,
-        seed=seed,
-        episodes=[float(BATCH * update) for update in range(1, len(rewards) + 1)],
-        rewards=rewards,
-        kl=of_log(log, "objective/kl"),
-        final=sampled_optimality(trainer.model.policy, tokenizer, seed),
-    )
+    told = f"{variant}, TRL 1.12" if library == "trl" else variant
+    final = sampled_optimality(trainer.model.policy, tokenizer, seed)
+    return Curve.of_run("walks", told, seed, BATCH, trainer.state.log_history, final)
 
 
 def lora() -> LoraConfig:

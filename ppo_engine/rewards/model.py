@@ -6,14 +6,17 @@ tokenizer, the policy's ids are scored as they are. Knows no spec and no process
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from ppo_engine.batch import cut, response_mask
 from ppo_engine.issues import shown
+from ppo_engine.memory import Cut, Room, is_out_of_memory
 from ppo_engine.rewards.contract import RewardBatch, RewardError
 
 _MAX_TOKENS = 2**14  # padded tokens of one forward
@@ -25,6 +28,7 @@ class ModelReward:
     model: in evaluation mode from now on, wherever it lies. tokenizer: the model's.
     shares_ids: the tokenizer is the policy's, so its ids are scored as they are.
     chat_template: prompt and response are rendered by the tokenizer's chat template.
+    room: of its forwards, which whoever runs it may set; None: rows that do not fit are the caller's care.
 
     Raises:
         RewardError: the model has several labels; neither it nor the tokenizer has a padding token; there is
@@ -39,16 +43,10 @@ class ModelReward:
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.shares_ids, self.chat_template = shares_ids, chat_template
+        self.room: Room | None = None
         config: Any = model.config
-        self.pad_token_id = _pad_token_id(tokenizer, config)
+        self.pad_token_id = _require_scoring(tokenizer, config, chat_template)
         self.context_length = _context_length(model, config)
-        if config.num_labels != 1:
-            raise RewardError(
-                f"a model with {config.num_labels} labels given; a reward is one number: "
-                "give a model with 1 label."
-            )
-        if chat_template and not getattr(tokenizer, "chat_template", None):
-            raise RewardError("chat_template is true; the reward model's tokenizer has none: leave it out.")
 
     @classmethod
     def load(
@@ -65,15 +63,14 @@ class ModelReward:
         Raises:
             RewardError: also where there is no such model, or its weights hold no classification head.
         """
-        try:
+        with _refusing(name_or_path):
+            config = AutoConfig.from_pretrained(name_or_path, revision=revision)
+            tokenizer = AutoTokenizer.from_pretrained(name_or_path, revision=revision)
+        _require_scoring(tokenizer, config, chat_template)  # before the weights come
+        with _refusing(name_or_path):
             model, loaded = AutoModelForSequenceClassification.from_pretrained(
                 name_or_path, revision=revision, dtype=dtype, use_safetensors=True, output_loading_info=True
             )
-            tokenizer = AutoTokenizer.from_pretrained(name_or_path, revision=revision)
-        except (MemoryError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:  # the files are anybody's; the libraries raise whatever they meet in them
-            raise RewardError(f"{name_or_path} cannot be loaded: {type(error).__name__}: {error}") from error
         if loaded["missing_keys"]:
             raise RewardError(
                 f"{name_or_path} lacks the weights {shown(sorted(loaded['missing_keys']))}, which would be "
@@ -85,11 +82,21 @@ class ModelReward:
     def __call__(self, batch: RewardBatch) -> list[float | RewardError]:
         ids = self._ids(batch)
         fitting = [row for row, given in enumerate(ids) if self._fits(len(given))]
+        lengths = [len(ids[row]) for row in fitting]
         scores: list[float | RewardError] = [self._too_long(len(row)) for row in ids]
-        for places in cut([len(ids[row]) for row in fitting], _MAX_TOKENS):
-            rows = [fitting[place] for place in places]
-            for row, score in zip(rows, self._score([ids[row] for row in rows]).tolist(), strict=True):
-                scores[row] = score
+
+        def attempt(max_tokens: int) -> None:
+            for places in cut(lengths, max_tokens):
+                rows = [fitting[place] for place in places]
+                for row, score in zip(rows, self._score([ids[row] for row in rows]).tolist(), strict=True):
+                    scores[row] = score
+
+        if self.room is None:
+            attempt(_MAX_TOKENS)
+        else:
+            self.room.do_alone(
+                "reward", _MAX_TOKENS, attempt, lambda tokens: Cut.of(cut(lengths, tokens), lengths)
+            )
         return scores
 
     def _ids(self, batch: RewardBatch) -> list[list[int]]:
@@ -160,12 +167,34 @@ def _context_length(model: Any, config: Any) -> int | None:
     return positions
 
 
+@contextmanager
+def _refusing(name_or_path: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # the files are anybody's; the libraries raise whatever they meet in them
+        if is_out_of_memory(error):
+            raise
+        raise RewardError(f"{name_or_path} cannot be loaded: {type(error).__name__}: {error}") from error
+
+
+def _require_scoring(tokenizer: Any, config: Any, chat_template: bool) -> int:
+    """The padding token's id. Raises RewardError where such a model cannot score."""
+    pad_token_id = _pad_token_id(tokenizer, config)
+    if config.num_labels != 1:
+        raise RewardError(
+            f"A model with {config.num_labels} labels given; a reward is one number: use one with 1 label."
+        )
+    if chat_template and not getattr(tokenizer, "chat_template", None):
+        raise RewardError("chat_template is true; the reward model's tokenizer has none: leave it out.")
+    return pad_token_id
+
+
 def _pad_token_id(tokenizer: Any, config: Any) -> int:
     for owner in (tokenizer, config.get_text_config()):
         pad_token_id: int | None = getattr(owner, "pad_token_id", None)
         if pad_token_id is not None:
             return pad_token_id
     raise RewardError(
-        "a model without a padding token given; set pad_token in its tokenizer_config.json, or pad_token_id "
+        "A model without a padding token given; set pad_token in its tokenizer_config.json, or pad_token_id "
         "in its config.json (its eos token will do: padding changes no score)."
     )

@@ -14,9 +14,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
-import torch
-
 from ppo_engine.issues import shown
+from ppo_engine.memory import OutOfMemory, asked_for, is_out_of_memory
+from ppo_engine.redaction import redacted
 from ppo_engine.rewards.contract import Reward, RewardBatch, RewardError, RewardValues
 
 Value: TypeAlias = float | list[float]
@@ -105,6 +105,7 @@ class Scorer:
 
     Raises:
         RewardError: a row is left without a score: one finite number, or one per response token.
+        OutOfMemory: memory has ended in a reward, whatever retries and fallback it has.
     """
 
     def __init__(self, rewards: Sequence[NamedReward], wait: Callable[[float], None] = time.sleep) -> None:
@@ -138,7 +139,7 @@ class Scorer:
     def _answer(self, named: NamedReward, batch: RewardBatch) -> Answer:
         if not len(batch):
             return Answer([])
-        found = _asked(named.reward, batch)
+        found = _asked(named, batch)
         retried = 0
         for attempt in range(named.retries):
             again = [row for row, value in enumerate(found) if _is_worth_asking(value)]
@@ -146,7 +147,7 @@ class Scorer:
                 break
             retried = retried or len(again)  # later rounds ask for some of the same rows
             self._wait(_pause(attempt, [found[row] for row in again]))
-            for row, value in zip(again, _asked(named.reward, batch.take(again)), strict=True):
+            for row, value in zip(again, _asked(named, batch.take(again)), strict=True):
                 found[row] = value
         values = [named.fallback if isinstance(value, RewardError) else value for value in found]
         failed = sum(isinstance(value, RewardError) for value in found)
@@ -188,15 +189,19 @@ def _refusal(named: NamedReward, batch: RewardBatch, found: Sequence[Value | Rew
 # Asking once -----------------------------------------------------------------------------------------------
 
 
-def _asked(reward: Reward, batch: RewardBatch) -> list[Value | RewardError]:
+def _asked(named: NamedReward, batch: RewardBatch) -> list[Value | RewardError]:
     """A value for each row, as plain floats, or why there is none."""
     try:
-        return _Checked(batch).values(reward(batch))
-    except (MemoryError, torch.OutOfMemoryError):
-        raise  # asking again would not help, and the run is told apart from one whose reward is wrong
+        return _Checked(batch).values(named.reward(batch))
+    except OutOfMemory as error:
+        raise OutOfMemory(f"Reward {shown(named.name)}: {error}") from error
     except (
         Exception
     ) as error:  # a reward is anybody's code; whatever it raises fails the rows it was asked for
+        if is_out_of_memory(error):
+            # Asking again would not help, and a fallback would hide that the reward never scored.
+            msg = f"out of memory in its code ({asked_for(error)}); let it take less at a time."
+            raise OutOfMemory(f"Reward {shown(named.name)}: {msg}") from error
         return [_failure(error)] * len(batch)
 
 
@@ -272,6 +277,6 @@ def _as_number(value: object) -> float | None:
 
 
 def _given(value: object) -> str:
-    return (
-        shown(value) if value is None or isinstance(value, str | int | float) else f"a {type(value).__name__}"
-    )
+    if isinstance(value, str):
+        return shown(redacted(value))  # before it is cut, when what is left of a secret could not be told
+    return shown(value) if value is None or isinstance(value, int | float) else f"a {type(value).__name__}"

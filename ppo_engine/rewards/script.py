@@ -13,7 +13,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
-from ppo_engine.rewards.contract import Reward
+from ppo_engine.issues import Issue, Loc, SpecError
+from ppo_engine.rewards.contract import Reward, RewardError
 from ppo_engine.rewards.model import ModelReward
 from ppo_engine.rewards.scorer import ByAdapter, NamedReward, Scorer
 
@@ -36,7 +37,7 @@ def scorer_of(
 
     Raises:
         TypeError: one of them is neither. ValueError: there are none, or two of the same given name.
-        RewardError: a model that cannot score.
+        SpecError: a model that cannot score; it is not moved.
     """
     if isinstance(rewards, Scorer):
         return rewards
@@ -53,9 +54,10 @@ def scorer_of(
     if len(set(taken)) != len(taken):
         raise ValueError(f"reward_model has rewards of the names {taken}; each needs a name of its own.")
     named: list[NamedReward] = []
-    for reward in several:
+    for index, reward in enumerate(several):
         if not isinstance(reward, NamedReward):
-            function = _callable(reward, tokenizer, device)
+            loc: Loc = ("reward_model", index) if isinstance(rewards, Sequence) else ("reward_model",)
+            function = _callable(reward, tokenizer, device, loc)
             reward = NamedReward(_unique(_name(function), taken), function)
             taken.append(reward.name)
         named.append(reward)
@@ -71,9 +73,16 @@ def _names(rewards: Sequence[object]) -> list[str]:
     return [reward.name for reward in rewards if isinstance(reward, NamedReward)]
 
 
-def _callable(reward: nn.Module | Reward | None, tokenizer: Any, device: torch.device | str) -> Reward:
+def _callable(
+    reward: nn.Module | Reward | None, tokenizer: Any, device: torch.device | str, loc: Loc
+) -> Reward:
     if isinstance(reward, nn.Module):
-        return ModelReward(reward.to(device), tokenizer, shares_ids=True)
+        try:
+            scoring = ModelReward(reward, tokenizer, shares_ids=True)
+        except RewardError as error:
+            raise SpecError([Issue(loc=loc, msg=str(error))]) from None
+        reward.to(device)
+        return scoring
     if not callable(reward):
         raise TypeError(
             f"A {type(reward).__name__} given as a reward; give a sequence-classification model, or a "

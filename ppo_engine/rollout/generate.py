@@ -13,20 +13,28 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
+from ppo_engine.actor_critic import trunk
+from ppo_engine.logprobs import output_logits
 from ppo_engine.rollout.cache import growing_cache
-from ppo_engine.rollout.sampling import sample
+from ppo_engine.rollout.sampling import logprobs_of, sample
 
 _SHRINK_AT = 0.75  # rows leave the cache, which copies it, once no more than this share still runs
 
 
 @dataclass(frozen=True)
 class Response:
-    """Token ids up to and including the stop token; `finished`: the stop token was reached."""
+    """Token ids up to and including the stop token; `finished`: the stop token was reached.
+
+    logprobs: of each token, by the distribution it was drawn from. values: of the state before each token;
+    None: no value was asked for.
+    """
 
     ids: list[int]
     finished: bool
+    logprobs: list[float]
+    values: list[float] | None = None
 
 
 @torch.no_grad()
@@ -40,12 +48,14 @@ def generate(
     batch_rows: int,
     device: torch.device,
     any_running: Callable[[bool], bool] | None = None,
+    value_head: nn.Module | None = None,
 ) -> list[Response]:
     """One response per prompt, of at most `uniforms_BR.shape[1]` tokens.
 
     model: a causal language model. uniforms_BR: a number in [0, 1) per row and token; temperature 0 takes
     the most likely token and ignores them. batch_rows: most rows at a time. any_running: where every process
     must take part in every forward (sharded weights), whether any of them still has a row running.
+    value_head: on the model's trunk, from [B, D] to [B].
 
     Raises:
         FloatingPointError: the model's logits are not numbers. It comes after the last forward, so that other
@@ -56,8 +66,16 @@ def generate(
     failures: list[FloatingPointError] = []
     for start in range(0, len(by_length), batch_rows):
         rows = by_length[start : start + batch_rows]
-        batch = _Batch(model, [prompts[row] for row in rows], uniforms_BR[rows], stop_token_id, device)
-        batch.run(temperature, any_running)
+        batch = _Batch(
+            model,
+            value_head,
+            [prompts[row] for row in rows],
+            uniforms_BR[rows],
+            temperature,
+            stop_token_id,
+            device,
+        )
+        batch.run(any_running)
         responses.update(zip(rows, batch.responses(), strict=True))
         failures += batch.failures
     if failures:
@@ -71,52 +89,63 @@ class _Batch:
     def __init__(
         self,
         model: Any,
+        value_head: nn.Module | None,
         prompts: Sequence[Sequence[int]],
         uniforms_BR: NDArray[np.float64],
+        temperature: float,
         stop_token_id: int | None,
         device: torch.device,
     ) -> None:
-        self.model, self.stop_token_id = model, stop_token_id
+        self.trunk, self.logits, self.value_head = trunk(model), output_logits(model), value_head
+        self.temperature, self.stop_token_id = temperature, stop_token_id
         self.uniforms_BR = torch.from_numpy(uniforms_BR).to(device)
         self.inputs_BT, self.mask_BT = _left_padded(prompts, device)
         self.cache = growing_cache(model.config)
         self.rows = torch.arange(len(prompts), device=device)
         self.running_B = torch.ones(len(prompts), dtype=torch.bool, device=device)
         self.tokens_BR = torch.zeros(uniforms_BR.shape, dtype=torch.long, device=device)
+        self.logprobs_BR = torch.zeros(uniforms_BR.shape, device=device)
+        self.values_BR = torch.zeros_like(self.logprobs_BR)
         self.lengths_B = torch.zeros(len(prompts), dtype=torch.long, device=device)
         self.finished_B = torch.zeros(len(prompts), dtype=torch.bool, device=device)
         self.failures: list[FloatingPointError] = []
 
-    def run(self, temperature: float, any_running: Callable[[bool], bool] | None) -> None:
+    def run(self, any_running: Callable[[bool], bool] | None) -> None:
         for step in range(self.uniforms_BR.shape[1]):
-            self._record(self._sample(self._forward(), step, temperature), step)
+            hidden_BD = self._forward()
+            tokens_B, logprobs_B = self._sample(self.logits(hidden_BD), step)
+            rows = self.rows[self.running_B]
+            self.logprobs_BR[rows, step] = logprobs_B[self.running_B]
+            if self.value_head is not None:
+                self.values_BR[rows, step] = self.value_head(hidden_BD)[self.running_B]
+            self._record(tokens_B, step)
             is_running = bool(self.running_B.any())
             if not (is_running if any_running is None else any_running(is_running)):
                 return
             self._shrink()
 
     def _forward(self) -> Tensor:
-        """Logits of the next token; rows that have ended but are still in the cache compute in vain."""
+        """Hidden states [B, D] that predict the next token; rows that have ended compute in vain."""
         width = self.inputs_BT.shape[1]
         positions_BT = (self.mask_BT.cumsum(-1) - 1).clamp(min=0)[:, -width:]
-        output = self.model(
+        output = self.trunk(
             input_ids=self.inputs_BT,
             attention_mask=self.mask_BT,
             position_ids=positions_BT,
             past_key_values=self.cache,
             use_cache=True,
-            logits_to_keep=1,
         )
-        return output.logits[:, -1].float()  # type: ignore[no-any-return]
+        return output.last_hidden_state[:, -1]  # type: ignore[no-any-return]
 
-    def _sample(self, logits_BV: Tensor, step: int, temperature: float) -> Tensor:
-        """A token per row. Where that cannot be, the batch has ended."""
+    def _sample(self, logits_BV: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """A token per row, and its log-probability. Where that cannot be, the batch has ended."""
         try:
-            return sample(logits_BV, self.uniforms_BR[self.rows, step], temperature)
+            tokens_B = sample(logits_BV, self.uniforms_BR[self.rows, step], self.temperature)
         except FloatingPointError as error:
             self.failures.append(error)
             self.running_B = torch.zeros_like(self.running_B)
-            return torch.zeros_like(self.rows)
+            tokens_B = torch.zeros_like(self.rows)
+        return tokens_B, logprobs_of(tokens_B, logits_BV, self.temperature)
 
     def _record(self, tokens_B: Tensor, step: int) -> None:
         rows = self.rows[self.running_B]
@@ -139,9 +168,15 @@ class _Batch:
 
     def responses(self) -> list[Response]:
         lengths, finished = self.lengths_B.tolist(), self.finished_B.tolist()
+        logprobs, values = self.logprobs_BR.tolist(), self.values_BR.tolist()
         return [
-            Response(ids[:length], ended)
-            for ids, length, ended in zip(self.tokens_BR.tolist(), lengths, finished, strict=True)
+            Response(
+                ids=ids[:length],
+                finished=finished[row],
+                logprobs=logprobs[row][:length],
+                values=None if self.value_head is None else values[row][:length],
+            )
+            for row, (ids, length) in enumerate(zip(self.tokens_BR.tolist(), lengths, strict=True))
         ]
 
 

@@ -49,6 +49,14 @@ def sample(logits_BV: Tensor, uniforms_B: Tensor, temperature: float) -> Tensor:
     return _invert(probabilities_BV, cdf_BV, uniforms_B.to(total_B) * total_B)
 
 
+def logprobs_of(tokens_B: Tensor, logits_BV: Tensor, temperature: float) -> Tensor:
+    """Log-probability [B], fp32, of each row's token, by the distribution `sample` draws from."""
+    if temperature == 0:
+        return torch.zeros(len(tokens_B), device=logits_BV.device)
+    logprobs_BV = (logits_BV.float() / temperature).log_softmax(-1)
+    return logprobs_BV.gather(-1, tokens_B[:, None]).squeeze(-1)
+
+
 def _invert(probabilities_BV: Tensor, cdf_BV: Tensor, targets_B: Tensor) -> Tensor:
     """The first token whose cdf exceeds the target, or the last, where rounding puts the target at the end.
 

@@ -131,6 +131,12 @@ async def by_update(
     return cut((await session.scalars(query)).all(), limit)
 
 
+async def newest_keyed(session: AsyncSession, job_id: str, prefix: str) -> Event | None:
+    """The last event of a job whose key begins so, if any. Not scoped: the caller has the job."""
+    query = select(Event).where(Event.job_id == job_id, Event.key.startswith(prefix, autoescape=True))
+    return await session.scalar(query.order_by(Event.seq.desc()).limit(1))
+
+
 async def newest_seq(session: AsyncSession, project_id: str, job_id: str) -> int:
     """The number of the job's last event; 0 for none."""
     query = select(Job.next_seq).where(Job.project_id == project_id, Job.id == job_id)

@@ -243,6 +243,16 @@ async def set_plan(session: AsyncSession, fence: Fence, plan: dict[str, Any], to
         raise FenceLost(fence)
 
 
+async def pin(session: AsyncSession, fence: Fence, spec: dict[str, Any], spec_version: int) -> None:
+    """Keep the spec with what a worker found where it names what may move: later attempts go on with that.
+
+    Raises:
+        FenceLost: nothing was written.
+    """
+    if await _change(session, fence.holds(), {"spec": spec, "spec_version": spec_version}) is None:
+        raise FenceLost(fence)
+
+
 async def warn(session: AsyncSession, fence: Fence, code: str, message: str) -> None:
     """Tell the owner what a worker came upon, as an engine's warnings are told.
 

@@ -1,12 +1,13 @@
 """An uploaded file → canonical JSONL, checked row by row in constant memory.
 
-Only the canonical form is kept: it is what a run reads, and what its size and digest describe.
+Only the canonical form is kept: it is what a run reads, and what its size and digest describe. Rows that come
+from elsewhere are held to the same (`write_rows`).
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import BinaryIO, Literal
 
@@ -47,14 +48,20 @@ _SIGNATURES = {
 
 
 @dataclass(frozen=True)
-class Canonical:
+class Written:
     """What was written: size in bytes, hexadecimal sha256, number of rows, columns in order of appearance."""
 
-    format: Format
     bytes: int
     sha256: str
     rows: int
     columns: list[str]
+
+
+@dataclass(frozen=True)
+class Canonical(Written):
+    """What was written of a file. format: what the file was."""
+
+    format: Format
 
 
 def convert(source: BinaryIO, filename: str, target: BinaryIO, max_bytes: int) -> Canonical:
@@ -65,11 +72,21 @@ def convert(source: BinaryIO, filename: str, target: BinaryIO, max_bytes: int) -
     """
     kind = _format_of(filename)
     _check_content(source, kind)
-    writer = _Writer(target, max_bytes)
+    return Canonical(**vars(write_rows(_READERS[kind](source), target, max_bytes)), format=kind)
+
+
+def write_rows(rows: Iterable[Numbered], target: BinaryIO, max_bytes: int, unit: str = "Line") -> Written:
+    """Write rows as canonical JSONL, `max_bytes` at most. unit: what messages call that which is numbered.
+
+    Raises:
+        BadFile: as `convert`.
+    """
+    writer = _Writer(target, max_bytes, unit)
     issues: list[Issue] = []
     try:
-        for number, row in _READERS[kind](source):
-            issues += _row_issues(number, row)
+        for number, row in rows:
+            found = row.issues if isinstance(row, Unreadable) else check_row(row)
+            issues += [of_line(number, issue, unit) for issue in found]
             if len(issues) >= MAX_ISSUES:
                 break
             # Once a row is bad, nothing will be kept: the rest is only read to name further bad rows.
@@ -80,8 +97,8 @@ def convert(source: BinaryIO, filename: str, target: BinaryIO, max_bytes: int) -
     if issues:
         raise BadFile(*issues[:MAX_ISSUES])
     if not writer.rows:
-        raise bad_file("a file without rows given; give at least one row with a prompt.")
-    return Canonical(kind, writer.bytes, writer.digest.hexdigest(), writer.rows, list(writer.columns))
+        raise bad_file("no rows given; give at least one row with a prompt.")
+    return Written(writer.bytes, writer.digest.hexdigest(), writer.rows, list(writer.columns))
 
 
 def _format_of(filename: str) -> Format:
@@ -104,17 +121,13 @@ def _check_content(source: BinaryIO, kind: Format) -> None:
             raise bad_file(f"the file's first bytes are {shown(head.hex())}: it is {what}.")
 
 
-def _row_issues(number: int, row: object | Unreadable) -> list[Issue]:
-    found = row.issues if isinstance(row, Unreadable) else check_row(row)
-    return [of_line(number, issue) for issue in found]
-
-
 class _Writer:
     """Appends rows to the canonical file, and counts what stands in it."""
 
-    def __init__(self, target: BinaryIO, max_bytes: int) -> None:
+    def __init__(self, target: BinaryIO, max_bytes: int, unit: str) -> None:
         self._target = target
         self._max_bytes = max_bytes
+        self._unit = unit
         self.digest = hashlib.sha256()
         self.bytes = 0
         self.rows = 0
@@ -126,7 +139,7 @@ class _Writer:
         try:
             line = canonical(row)
         except ValueError as error:
-            yield of_line(number, Issue(loc=(), msg=f"{error}."))
+            yield of_line(number, Issue(loc=(), msg=f"{error}."), self._unit)
             return
         self.columns.update(dict.fromkeys(row))
         self._check_sizes(len(line), number)
@@ -138,14 +151,18 @@ class _Writer:
     def _check_sizes(self, added: int, number: int) -> None:
         if added > MAX_LINE_BYTES:
             raise bad_line(
-                number, f"a row of {added} bytes as JSON given; {MAX_LINE_BYTES} are the most: shorten it."
+                number,
+                f"a row of {added} bytes as JSON given; {MAX_LINE_BYTES} are the most: shorten it.",
+                self._unit,
             )
         if self.bytes + added > self._max_bytes:
             raise bad_file(
-                f"the rows up to line {number} take more than {self._max_bytes} bytes as JSONL, which is the "
-                "most; split the file."
+                f"the rows up to {self._unit.lower()} {number} take more than {self._max_bytes} bytes as "
+                "JSONL, which is the most; give fewer rows."
             )
         if len(self.columns) > MAX_COLUMNS:
             raise bad_line(
-                number, f"{len(self.columns)} columns given; {MAX_COLUMNS} are the most: leave some out."
+                number,
+                f"{len(self.columns)} columns given; {MAX_COLUMNS} are the most: leave some out.",
+                self._unit,
             )

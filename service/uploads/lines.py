@@ -51,13 +51,13 @@ def bad_file(msg: str, *where: str) -> BadFile:
     return BadFile(Issue(loc=("file", *where), msg=msg))
 
 
-def bad_line(number: int, msg: str) -> BadFile:
-    return BadFile(of_line(number, Issue(loc=(), msg=msg)))
+def bad_line(number: int, msg: str, unit: str = "Line") -> BadFile:
+    return BadFile(of_line(number, Issue(loc=(), msg=msg), unit))
 
 
-def of_line(number: int, issue: Issue) -> Issue:
+def of_line(number: int, issue: Issue, unit: str = "Line") -> Issue:
     """An issue of a line, whose loc starts there, as one of the form's field."""
-    return Issue(loc=("file", number, *issue.loc), msg=f"Line {number}: {issue.msg}")
+    return Issue(loc=("file", number, *issue.loc), msg=f"{unit} {number}: {issue.msg}")
 
 
 def read_jsonl(file: BinaryIO) -> Iterator[Numbered]:

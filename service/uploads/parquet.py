@@ -1,4 +1,4 @@
-"""The Parquet reader: rows of a column file, a few at a time, in constant memory.
+"""The Parquet reader: rows of a column file, or of tables, a few at a time, in constant memory.
 
 A small file may unpack to a huge one: a value is stored once, and named again and again. So the sizes that
 the file declares are checked before anything is unpacked, text stays as the dictionary that it is stored as,
@@ -7,7 +7,8 @@ and what a row would take is worked out from that before the row is made. Rows a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterable, Iterator
 from typing import Any, BinaryIO
 
 import pyarrow as pa
@@ -15,6 +16,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ppo_engine.issues import shown
+from service import strict_json
+from service.strict_json import BadJson
 from service.uploads.lines import MAX_COLUMNS, MAX_LINE_BYTES, Numbered, Unreadable, bad_file, unreadable
 from service.uploads.rows import PROMPT_COLUMNS
 
@@ -52,6 +55,18 @@ def read_parquet(file: BinaryIO) -> Iterator[Numbered]:
         ) from None
 
 
+def read_tables(tables: Iterable[pa.Table]) -> Iterator[Numbered]:
+    """The rows of tables that somebody else has read; columns that have no form in JSON are left out."""
+    number = 0
+    for table in tables:
+        kept = table.select([field.name for field in table.schema if _has_json_form(field.type)])
+        _check_schema(kept.schema)
+        for batch in kept.to_batches(_BATCH_ROWS):
+            for row in _rows(batch):
+                number += 1
+                yield number, row
+
+
 def _rows(batch: pa.RecordBatch) -> Iterator[object | Unreadable]:
     """Each row, or what is wrong with it; made a few at a time, of no more bytes than one may have."""
     sizes = _row_sizes(batch)
@@ -72,12 +87,42 @@ def _rows(batch: pa.RecordBatch) -> Iterator[object | Unreadable]:
 def _made(rows: pa.RecordBatch) -> list[object | Unreadable]:
     try:
         made: list[object | Unreadable] = rows.to_pylist()
-        return made
     except UnicodeDecodeError:
         if len(rows) == 1:
             return [unreadable("text given that is not UTF-8; write the column again as UTF-8.")]
         half = len(rows) // 2
         return _made(rows.slice(0, half)) + _made(rows.slice(half))
+    if any(_holds_json(field.type) for field in rows.schema):
+        return [_unpacked(row, pa.struct(rows.schema)) for row in made]
+    return made
+
+
+def _unpacked(row: object, kind: pa.DataType) -> object | Unreadable:
+    try:
+        unpacked: object = _with_json(row, kind)
+        return unpacked
+    except (BadJson, json.JSONDecodeError) as error:
+        return unreadable(
+            f"text given in a column of JSON that is not JSON: {error}; write the column again."
+        )
+
+
+def _with_json(value: Any, kind: pa.DataType) -> Any:
+    """A value in which texts of JSON have become what they say."""
+    if value is None or not _holds_json(kind):
+        return value
+    if isinstance(kind, pa.JsonType):
+        return strict_json.loads(value)
+    if pa.types.is_struct(kind):
+        return {field.name: _with_json(value[field.name], field.type) for field in kind}
+    return [_with_json(part, kind.value_type) for part in value]
+
+
+def _holds_json(kind: pa.DataType) -> bool:
+    if pa.types.is_struct(kind):
+        return any(_holds_json(field.type) for field in kind)
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    return _holds_json(kind.value_type) if is_list else isinstance(kind, pa.JsonType)
 
 
 def _row_sizes(batch: pa.RecordBatch) -> list[int]:
@@ -89,6 +134,8 @@ def _row_sizes(batch: pa.RecordBatch) -> list[int]:
 def _sizes(array: pa.Array) -> pa.Array:
     """The bytes that each value takes as JSON, or fewer, worked out without making any of them."""
     kind = array.type
+    if isinstance(kind, pa.JsonType):
+        return _sizes(array.storage)
     if pa.types.is_dictionary(kind):
         sizes = _sizes(array.dictionary).take(array.indices)
     elif pa.types.is_string(kind) or pa.types.is_large_string(kind):
@@ -147,6 +194,8 @@ def _has_json_form(kind: pa.DataType) -> bool:
         return _has_json_form(kind.value_type)
     if pa.types.is_struct(kind):
         return all(_has_json_form(part.type) for part in kind)
+    if isinstance(kind, pa.JsonType):
+        return True
     plain = (pa.types.is_null, pa.types.is_boolean, pa.types.is_integer, pa.types.is_floating)
     text = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
     return any(test(kind) for test in plain + text)

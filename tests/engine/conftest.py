@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from ppo_engine import trainer as trainer_module
 from tests.engine import tiny
+from tests.engine.recording import Recorder
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -25,3 +27,11 @@ def policy_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("policy")
     tiny.save(tiny.policy(), tiny.tokenizer(), directory)
     return directory
+
+
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
+    """Keeps what the updates of a test's trainers work with."""
+    recorder = Recorder()
+    monkeypatch.setattr(trainer_module, "experience_of", recorder)
+    return recorder

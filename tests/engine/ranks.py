@@ -8,6 +8,7 @@ scenario is a function of a directory that all processes share; called in a test
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -15,7 +16,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -28,19 +29,22 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from transformers import TrainerCallback
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from ppo_engine import PPOTrainer, load_reward_adapter
 from ppo_engine.__main__ import main as engine
 from ppo_engine.actor_critic import causal_lm
 from ppo_engine.adapters import parameters_of
+from ppo_engine.batch import Experience
 from ppo_engine.draws import Purpose
 from ppo_engine.learn import NotFinite
+from ppo_engine.memory import OutOfMemory
 from ppo_engine.parallel import Parallel
 from ppo_engine.rewards import NamedReward, RewardBatch, Scorer
 from ppo_engine.run_dir import Acks, Control, RunDir
 from tests.engine import tiny
-from tests.engine.scarcity import scarce, told_of_memory
-from tests.engine.training import GOOD, PROMPTS, likes_seven, make_run, trainer
+from tests.engine.scarcity import scarce, scarce_reward, told_of_memory
+from tests.engine.training import GOOD, PROMPTS, STOP, likes_seven, make_run, trainer, value_model
 
 RANK = int(os.environ.get("RANK", "0"))
 PROCESSES = int(os.environ.get("WORLD_SIZE", "1"))
@@ -207,6 +211,98 @@ def warmup(directory: Path, stage: int = 0, **given: Any) -> dict[str, Any]:
     }
 
 
+RARE = tiny.WORDS.index("nine")
+
+
+def made_up() -> Experience:
+    """Eleven rows of unlike lengths, the same in every process; one response alone has the rare token."""
+    draw = torch.Generator().manual_seed(3)
+
+    def ids(length: int) -> list[int]:
+        return torch.randint(6, RARE, (length,), generator=draw).tolist()
+
+    def drawn(scale: float) -> torch.Tensor:
+        return scale * torch.randn(11, 9, generator=draw) * mask
+
+    lengths = torch.tensor([9, 1, 4, 7, 2, 9, 3, 5, 1, 8, 6])
+    mask = torch.arange(9) < lengths[:, None]
+    responses = [ids(length) for length in lengths.tolist()]
+    responses[3][2] = RARE
+    logprobs = -2 * mask + drawn(0.3)
+    return Experience(
+        prompt_ids=[ids(1 + row % 4) for row in range(11)],
+        response_ids=responses,
+        response_lengths_B=lengths,
+        logprobs_BR=logprobs,
+        ref_logprobs_BR=logprobs + drawn(0.1),
+        rewards_BR=drawn(1.0),
+        advantages_BR=drawn(1.0),
+        values_BR=drawn(0.1),
+        returns_BR=drawn(1.0),
+        mask_BR=mask,
+        weights_BR=mask.float(),
+    )
+
+
+def two_steps(directory: Path) -> dict[str, Any]:
+    """On the same experience: the first step's gradients, the weights after the second; both flat, by name.
+
+    Of the policy's own weights one is for a rare token, which one process sees, and one is never used.
+    """
+    model = tiny.policy()
+    model.model.rare = torch.nn.Parameter(torch.full((16,), 0.5))
+    model.model.unused = torch.nn.Parameter(torch.ones(3))
+
+    def shifted(_: Any, given: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
+        is_rare = given[0] == RARE
+        return output + is_rare[..., None] * model.model.rare if is_rare.any() else output
+
+    model.model.embed_tokens.register_forward_hook(shifted)
+    changes = {"num_ppo_epochs": 2, "num_mini_batches": 1, "max_grad_norm": 0.0, "weight_decay": 0.1}
+    made = make(directory, {**changes, "per_device_train_batch_size": 2}, lora=False, model=model)
+    seen: list[dict[str, list[float]]] = []
+
+    def look(*_: Any) -> None:
+        named = made.model.named_parameters()
+        seen.append({name: it.grad.flatten().tolist() for name, it in named if it.grad is not None})
+
+    made.optimizer.optimizer.register_step_pre_hook(look)
+    made.learner.update(made_up(), 1, made.kl_coef)
+    assert len(seen) == 2
+    after = {name: weight.flatten().tolist() for name, weight in weights(made).items()}
+    return {"gradients": seen[0], "weights": after}
+
+
+def drawn_apart(directory: Path, stage: int = 0) -> dict[str, list[float]]:
+    """Each role's sizes of weights, where every process has drawn all of them for itself."""
+    judge, critic = tiny.reward_model(), value_model()
+    torch.manual_seed(RANK)
+    for role in (judge, critic):
+        for tensor in (*role.parameters(), *role.buffers()):
+            torch.nn.init.normal_(tensor)
+    build = partial(sharded, stage=stage) if stage else make
+    made = build(
+        directory,
+        lora=False,
+        model=tiny.policy(RANK),
+        ref_model=tiny.policy(10 + RANK),
+        value_model=critic,
+        reward_model=judge,
+    )
+    (scored,) = made.collector.scorer.rewards
+    assert made.reference is not None
+    roles = {"reference": made.reference, "reward": scored.reward.model}
+    kept = {"trained": weights(made), **{name: dict(role.named_parameters()) for name, role in roles.items()}}
+    kept |= {
+        f"{name}'s buffers": dict(role.named_buffers())
+        for name, role in {"trained": made.model, **roles}.items()
+    }
+    return {
+        name: [float(tensor.detach().double().abs().sum()) for tensor in tensors.values()]
+        for name, tensors in kept.items()
+    }
+
+
 CHOICES: dict[str, dict[str, Any]] = {
     "gae": {
         **{"kl_placement": "loss", "kl_estimator": "k2"},
@@ -243,6 +339,22 @@ def out_of_memory(directory: Path) -> dict[str, Any]:
                 stack.enter_context(scarce(made, 2, where=where))
         made.train()
     return {"said": said(made), "export": exported(made, directory / "out"), "heard": heard}
+
+
+def reward_out_of_memory(directory: Path) -> dict[str, Any]:
+    """Memory ends in the last process's reward model: where it takes more than two rows, then in any case."""
+    is_last, judge, hopeless = RANK == PROCESSES - 1, tiny.reward_model(), tiny.reward_model()
+    made = make(directory, reward_model=judge)
+    heard = told_of_memory(made)
+    with scarce_reward(judge, 2 if is_last else 16):
+        made.train()
+    end = "nothing was raised"
+    with scarce_reward(hopeless, 0 if is_last else 16):
+        try:
+            make(directory, reward_model=hopeless).train()
+        except OutOfMemory as error:
+            end = str(error)
+    return {"said": said(made), "heard": heard, "halvings": made.room.halvings, "end": end}
 
 
 def diverged(made: PPOTrainer) -> str:
@@ -358,6 +470,20 @@ def slow_uploads(directory: Path) -> dict[str, Any]:
 # DeepSpeed ---------------------------------------------------------------------------------------------
 
 
+@contextmanager
+def none_too_small() -> Iterator[None]:
+    """Inside, ZeRO-3 shards every weight that is prepared."""
+    prepare = Accelerator.prepare
+
+    def prepared(accelerator: Accelerator, *modules: Any) -> Any:
+        config = accelerator.state.deepspeed_plugin.deepspeed_config
+        config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        return prepare(accelerator, *modules)
+
+    with mock.patch.object(Accelerator, "prepare", prepared):
+        yield
+
+
 def sharded(
     directory: Path,
     stage: int,
@@ -374,14 +500,7 @@ def sharded(
         return make(directory, changes, **given)
     os.environ["ACCELERATE_DEEPSPEED_ZERO_STAGE"] = str(stage)
     os.environ["ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE"] = offload
-    prepare = Accelerator.prepare
-
-    def none_is_small(accelerator: Accelerator, *modules: Any) -> Any:
-        config = accelerator.state.deepspeed_plugin.deepspeed_config
-        config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-        return prepare(accelerator, *modules)
-
-    with mock.patch.object(Accelerator, "prepare", none_is_small):
+    with none_too_small():
         made = make(directory, changes, **given)
     assert made.parallel.zero_stage == stage
     return made
@@ -405,14 +524,18 @@ UNEVEN = {"response_length": 24, "local_rollout_forward_batch_size": 2, "total_e
 
 
 def uneven(directory: Path, gathers: bool) -> dict[str, Any]:
-    """Responses, and the forwards that this process needed for them."""
-    made = sharded(directory, 3, {**UNEVEN, "ds3_gather_for_generation": gathers})
+    """Responses, the forwards that this process needed for them, and what it held whole or in shards then."""
+    made = sharded(directory, 3, {**UNEVEN, "ds3_gather_for_generation": gathers}, value_model=value_model())
     sample = made.collector.sample
+    whole: set[str] = set()
+    in_shards: set[str] = set()
     forwards: list[None] = []
     responses: list[list[list[int]]] = []
 
     def counted(model: Any, *arguments: Any, **more: Any) -> Any:
         hook = model.lm_head.register_forward_hook(lambda *_: forwards.append(None))
+        for name, weight in made.model.named_parameters():
+            (whole if weight.numel() else in_shards).add("critic" if is_critic(name) else "policy")
         rollout = sample(model, *arguments, **more)
         hook.remove()
         responses.append(rollout.response_ids)
@@ -420,7 +543,32 @@ def uneven(directory: Path, gathers: bool) -> dict[str, Any]:
 
     with mock.patch.object(made.collector, "sample", counted):
         made.train()
-    return {"said": said(made), "forwards": len(forwards), "responses": responses}
+    return {
+        "said": said(made),
+        "forwards": len(forwards),
+        "responses": responses,
+        "held": {"whole": sorted(whole), "in shards": sorted(in_shards)},
+    }
+
+
+def in_turns(directory: Path, stage: int = 0) -> dict[str, Any]:
+    """Of twelve rows, the first half's first turns are answered: with two processes, those of one of them."""
+    answered = [row["prompt"] for row in PROMPTS[:6]]
+
+    def environment(batch: RewardBatch) -> list[str | None]:
+        rows = zip(batch.prompts, batch.response_ids, strict=True)
+        return ["nine eight" if prompt in answered and ids.count(STOP) == 1 else None for prompt, ids in rows]
+
+    changes = {"response_length": 24, "temperature": 0.5, "local_rollout_forward_batch_size": 2}
+    if stage == 3:
+        changes["ds3_gather_for_generation"] = False
+    made = (
+        sharded(directory, stage, changes, environment=environment)
+        if stage
+        else make(directory, changes, environment=environment)
+    )
+    rollout = made._sample(made.prompts[:12], 1, Purpose.ROLLOUT, 0.5)
+    return {"ids": rollout.response_ids, "written": rollout.written}
 
 
 def rollout_fails(directory: Path) -> list[str]:
@@ -482,7 +630,8 @@ def roles(directory: Path, stage: int = 0) -> dict[str, Any]:
     """Policy, value, reward, and reference by adapters: trained, switched though that fails, exported."""
     judge = tiny.save_judge(directory / f"judge-{RANK}")
     model = load_reward_adapter(tiny.policy(), judge, "judge")
-    model.add_adapter("sft", LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj"]))
+    lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", modules_to_save=["lm_head"])
+    model.add_adapter("sft", lora)
     torch.manual_seed(7)
     for weight in parameters_of(model, "sft").values():
         torch.nn.init.normal_(weight, std=0.1)
@@ -493,6 +642,7 @@ def roles(directory: Path, stage: int = 0) -> dict[str, Any]:
         **({"stage": stage} if stage else {}),
         changes=changes,
         model=model,
+        peft_config=copy.deepcopy(lora),
         reward_model=None,
     )
     start, before = weights(made), told(made)
@@ -524,8 +674,14 @@ SCENARIOS: dict[str, Callable[[Path], Any]] = {
     "resume": resume,
     "warmup": warmup,
     "warmup_full": lambda directory: warmup(directory, lora=False),
+    "two_steps": two_steps,
+    "drawn_apart": drawn_apart,
+    **{f"zero_{stage}_drawn_apart": partial(drawn_apart, stage=stage) for stage in (1, 2, 3)},
     "chosen": chosen,
+    "in_turns": in_turns,
+    "zero_3_in_turns": partial(in_turns, stage=3),
     "out_of_memory": out_of_memory,
+    "reward_out_of_memory": reward_out_of_memory,
     "diverged": lambda directory: diverged(make(directory)),
     "reward_fails": reward_fails,
     "stopped_twice": stopped_twice,
@@ -541,6 +697,7 @@ SCENARIOS: dict[str, Callable[[Path], Any]] = {
     "zero_2_warmup": lambda directory: warmup(directory, 2),
     "zero_3_warmup": lambda directory: warmup(directory, 3, lora=False),
     "zero_2_chosen": lambda directory: chosen(directory, 2),
+    "zero_1_resume": lambda directory: resume(directory, stage=1),
     "zero_2_resume": lambda directory: resume(directory, stage=2),
     "zero_3_resume": lambda directory: resume(directory, stage=3, lora=False),
     "gathered": lambda directory: uneven(directory, gathers=True),
@@ -563,6 +720,7 @@ def main(output: str, *names: str) -> None:
     for name in names:
         directory = Path(output) / name
         directory.mkdir(exist_ok=True)
+        unset_hf_deepspeed_config()  # else models of this one could be made in the last one's shards
         try:
             seen = {"seen": SCENARIOS[name](directory)}
         except Exception as error:

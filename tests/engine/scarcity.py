@@ -36,6 +36,19 @@ def scarce(made: PPOTrainer, rows: int, *, where: str) -> Iterator[None]:
     hook.remove()
 
 
+@contextmanager
+def scarce_reward(model: nn.Module, rows: int) -> Iterator[None]:
+    """Inside, memory ends in a reward model's forward of more rows than these."""
+
+    def too_much(module: nn.Module, arguments: Any, keywords: dict[str, Any]) -> None:
+        if len(keywords["input_ids"]) > rows:
+            torch.empty(HUGE, dtype=torch.uint8)
+
+    hook = model.model.register_forward_pre_hook(too_much, with_kwargs=True)
+    yield
+    hook.remove()
+
+
 def told_of_memory(made: PPOTrainer) -> list[dict[str, Any]]:
     """Keep what the trainer is going to warn of."""
     heard: list[dict[str, Any]] = []

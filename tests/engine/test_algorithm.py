@@ -11,15 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from ppo_engine import PPOTrainer
 from ppo_engine import trainer as trainer_module
-from ppo_engine.advantages import RunningMoments, adapted_kl_coef
-from ppo_engine.batch import Experience, Rollout
-from ppo_engine.experience import TokenScores, experience_of
+from ppo_engine.advantages import adapted_kl_coef
+from ppo_engine.batch import Rollout
 from ppo_engine.rewards import NamedReward, RewardBatch
 from tests.engine import ranks
+from tests.engine.recording import Recorder
 from tests.engine.training import GOOD, PROMPTS, config, likes_seven, logged, trainer
 
 LONG = {"total_episodes": 16 * 25, "learning_rate": 1e-2, "kl_coef": 0.0, "stop_token_id": None}
@@ -36,31 +35,6 @@ def run(directory: Path, changes: dict[str, Any] | None = None, **given: Any) ->
     trained = trainer(directory, changes=changes, **given)
     trained.train()
     return trained
-
-
-class Recorder:
-    """Stands where the trainer works out experience, and keeps what goes in and comes out."""
-
-    def __init__(self) -> None:
-        self.rollouts: list[Rollout] = []
-        self.moments: list[RunningMoments | None] = []
-        self.experiences: list[Experience] = []
-
-    def __call__(
-        self, rollout: Rollout, scores: Any, tokens: TokenScores, ppo: Any, kl_coef: float, moments: Any
-    ) -> tuple[Experience, Tensor]:
-        experience, kl_BR = experience_of(rollout, scores, tokens, ppo, kl_coef, moments)
-        self.rollouts.append(rollout)
-        self.moments.append(moments)
-        self.experiences.append(experience)
-        return experience, kl_BR
-
-
-@pytest.fixture
-def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
-    recorder = Recorder()
-    monkeypatch.setattr(trainer_module, "experience_of", recorder)
-    return recorder
 
 
 # KL ----------------------------------------------------------------------------------------------------
@@ -392,7 +366,7 @@ class WithTool(PPOTrainer):
         ]
         if self.spare is not None:
             written = [[flag and row >= self.spare for flag in flags] for row, flags in enumerate(written)]
-        return replace(rollout, response_ids=ids, written=written)
+        return replace(rollout, response_ids=ids, written=written, logprobs=None, values=None)
 
 
 def with_tool(directory: Path, changes: dict[str, Any], **attributes: Any) -> PPOTrainer:

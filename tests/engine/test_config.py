@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +14,8 @@ import pytest
 from transformers import TrainingArguments
 
 from ppo_engine import PPOConfig, PPOTrainer
-from ppo_engine.config import FOR_SCRIPTS, HONOURED, refused_arguments
 from ppo_engine.hyperparameters import Hyperparameters
+from ppo_engine.inherited import FOR_SCRIPTS, HONOURED, refused_arguments
 from ppo_engine.issues import SpecError
 from tests.engine.training import config
 
@@ -106,10 +109,11 @@ FROZEN_HONOURED = """
 """
 
 
-def test_the_constructor_is_trls() -> None:
+def test_the_constructor_is_trls_with_one_argument_more() -> None:
     parameters = list(inspect.signature(PPOTrainer.__init__).parameters.values())[1:]
 
-    assert [(parameter.name, parameter.default) for parameter in parameters] == list(TRL_CONSTRUCTOR.items())
+    named = [(parameter.name, parameter.default) for parameter in parameters]
+    assert named == [*TRL_CONSTRUCTOR.items(), ("environment", None)]
 
 
 def test_names_and_defaults_are_trls() -> None:
@@ -147,7 +151,7 @@ def test_every_inherited_argument_is_honoured_or_refused(tmp_path: Path, name: s
     if name == "output_dir":
         return  # is where the comparison is made
     vars(args)[name] = "given"
-    told = [issue.loc for issue in refused_arguments(args)]
+    told = [issue.loc for issue in refused_arguments(args, PPOConfig.__annotations__)]
 
     is_known = name in HONOURED | FOR_SCRIPTS | set(TRL_DEFAULTS)
     assert told == ([] if is_known else [(name,)])
@@ -199,3 +203,65 @@ def test_what_only_scripts_read_is_theirs(tmp_path: Path) -> None:
     args = config(tmp_path, do_train=True, resume_from_checkpoint="last", dataset_num_proc=2)
 
     assert args.resume_from_checkpoint == "last"
+
+
+@pytest.mark.parametrize(
+    ("launched", "bf16", "words"),
+    [
+        ("bf16", False, 'bf16: false given, and mixed precision "bf16" to accelerate launch'),
+        ("fp16", None, 'bf16: null given, and mixed precision "fp16" to accelerate launch'),
+        ("fp16", True, 'bf16: true given, and mixed precision "fp16" to accelerate launch'),
+        ("FP8", False, 'bf16: false given, and mixed precision "fp8" to accelerate launch'),
+    ],
+)
+def test_a_precision_that_the_launcher_contradicts_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launched: str, bf16: bool | None, words: str
+) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
+    with pytest.raises(SpecError) as caught:
+        config(tmp_path, bf16=bf16)
+    assert words in str(caught.value)
+    assert "ACCELERATE_MIXED_PRECISION" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("launched", "bf16", "settled"),
+    [
+        ("bf16", None, True),
+        ("bf16", True, True),
+        ("no", None, False),
+        ("no", True, True),
+        ("no", False, False),
+    ],
+)
+def test_the_launchers_precision_holds_where_a_script_gives_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launched: str, bf16: bool | None, settled: bool
+) -> None:
+    """It says "no" where nobody has told it anything."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
+    args = config(tmp_path, bf16=bf16)
+    assert (args.bf16, args.mixed_precision) == (settled, "bf16" if settled else "no")
+
+
+LAUNCHED = """
+import sys
+from pathlib import Path
+from tests.engine.training import config
+print("bf16 is", config(Path(sys.argv[1]), bf16=None).bf16)
+config(Path(sys.argv[1]), bf16=False)
+"""
+
+
+def test_accelerate_launch_says_its_precision_so(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(LAUNCHED)
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--mixed_precision", "bf16"]
+    done = subprocess.run(
+        [*launcher, str(script), str(tmp_path / "output")],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "bf16 is True" in done.stdout, done.stderr
+    assert 'SpecError: bf16: false given, and mixed precision "bf16" to accelerate launch' in done.stderr

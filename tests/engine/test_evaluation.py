@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ppo_engine.actor_critic import causal_lm
 from ppo_engine.issues import SpecError
 from ppo_engine.rewards import NamedReward, RewardBatch, Scorer
 from ppo_engine.rollout.generate import generate
@@ -21,7 +22,7 @@ def test_the_greedy_numbers_are_those_of_the_most_likely_responses(tmp_path: Pat
     metrics = made.evaluate()
     prompts = [prompt.ids for prompt in made.eval_prompts[""]]
     responses = generate(
-        made.model.policy,
+        causal_lm(made.model.policy),
         prompts,
         np.zeros((len(prompts), 8)),
         temperature=0.0,

@@ -56,6 +56,7 @@ def front_matter(directory: Path) -> dict[str, Any]:
         {"target_modules": ["q_proj", "lm_head"]},
         {"target_modules": ["q_proj", "embed_tokens"]},
         {"modules_to_save": ["lm_head"]},
+        {"modules_to_save": ["embed_tokens", "norm"]},
         {"trainable_token_indices": [6, 7]},
     ],
     ids=lambda lora: next(iter(lora)),

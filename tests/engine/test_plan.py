@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from ppo_engine.facts import (
     AdapterFacts,
@@ -250,6 +251,29 @@ def test_what_is_offloaded_is_not_counted_as_the_gpus() -> None:
     assert moved["optimizer_off_gpu"] == kept["optimizer"]
 
 
+@pytest.mark.parametrize(
+    ("resources", "is_told"),
+    [
+        ({"zero_stage": 3}, True),
+        ({"zero_stage": 3, "offload": "optimizer"}, False),
+        ({"zero_stage": 3, "gpus": 2}, False),
+        ({}, False),
+    ],
+)
+def test_sharding_over_nobody_is_told(resources: dict[str, Any], is_told: bool) -> None:
+    told = plan(parse(raw(resources=resources)), Facts(prompts=100)).warnings
+    assert any("zero_stage 3 over one GPU shards nothing" in warning for warning in told) == is_told
+
+
+def test_a_value_model_of_another_architecture_is_told() -> None:
+    value = {"type": "model", "source": {"type": "local", "path": "critic"}}
+    spec = parse(raw(method={"type": "lora", "value": value}))
+    for kind in ("llama", "gpt2"):
+        facts = Facts(model=MODEL, value=CRITIC.model_copy(update={"model_type": kind}), prompts=100)
+        told = [warning for warning in plan(spec, facts).warnings if warning.startswith("The value model is")]
+        assert ["a gpt2, the policy a llama" in warning for warning in told] == [True] * (kind == "gpt2")
+
+
 def test_offload_without_sharding_is_refused() -> None:
     with pytest.raises(SpecError) as caught:
         parse(raw(resources={"offload": "optimizer"}))
@@ -353,6 +377,16 @@ def test_the_labels_of_a_classifier_are_those_of_its_head(tmp_path: Path) -> Non
     tiny.save(tiny.reward_model(labels=2), tiny.tokenizer(), tmp_path)
 
     assert "id2label" not in json.loads((tmp_path / "config.json").read_text())  # two is its default
+    assert read_model_facts(tmp_path).labels == 2
+
+
+def test_the_labels_of_an_encoder_are_those_of_its_head(tmp_path: Path) -> None:
+    encoder = tiny.encoder_reward_model()
+    encoder.classifier = nn.Linear(encoder.config.hidden_size, 2)
+    encoder.config.num_labels = 2
+    tiny.save(encoder, tiny.tokenizer(), tmp_path)
+
+    assert "id2label" not in json.loads((tmp_path / "config.json").read_text())
     assert read_model_facts(tmp_path).labels == 2
 
 

@@ -26,8 +26,12 @@ PLAIN = (
     "resume",
     "warmup",
     "warmup_full",
+    "two_steps",
+    "drawn_apart",
     "chosen",
+    "in_turns",
     "out_of_memory",
+    "reward_out_of_memory",
     "diverged",
     "reward_fails",
     "stopped_twice",
@@ -36,12 +40,13 @@ PLAIN = (
     "spec_for_one_process",  # its processes do not find each other; no scenario can follow
 )
 SHARDED = (
-    *("gathered", "rollout_fails", "in_step", "diverged_in_step"),
+    *("gathered", "rollout_fails", "in_step", "diverged_in_step", "zero_3_in_turns"),
     *("zero_1", "zero_2", "zero_3", "zero_2_bf16"),
     *("zero_1_roles", "zero_2_roles", "zero_3_roles"),
     *("zero_2_warmup", "zero_3_warmup", "zero_2_chosen"),
     *("zero_1_offload", "zero_2_offload", "zero_3_offload"),
-    *("zero_2_resume", "zero_3_resume", "nothing_to_load"),
+    *("zero_1_drawn_apart", "zero_2_drawn_apart", "zero_3_drawn_apart"),
+    *("zero_1_resume", "zero_2_resume", "zero_3_resume", "nothing_to_load"),
     *("zero_2_spoiled", "zero_3_spoiled", "zero_2_spoiled_bf16", "zero_3_spoiled_bf16"),
 )
 
@@ -126,6 +131,35 @@ def test_adapters_are_as_in_one_process(plain: Seen, alone: dict[bool, Any]) -> 
         assert all("lora_" in name for name in two["export"])
 
 
+def test_the_same_experience_gives_the_same_gradient_and_steps(plain: Seen, tmp_path: Path) -> None:
+    """Every number to 1e-4 of the greatest of its tensor; only the order of sums differs, in fp32."""
+    one = ranks.two_steps(tmp_path)
+
+    for two in plain("two_steps"):
+        for kind, numbers in one.items():
+            assert two[kind].keys() == numbers.keys()
+            for name, row in numbers.items():
+                tolerance = 1e-4 * max(map(abs, row))
+                assert two[kind][name] == pytest.approx(row, rel=0, abs=tolerance), (kind, name)
+    assert any(one["gradients"]["policy.model.rare"])
+    assert "policy.model.unused" not in one["gradients"]
+    assert one["weights"]["policy.model.unused"] == [1.0] * 3, "weight decay leaves it, too"
+
+
+@pytest.mark.parametrize(
+    ("group", "scenario"),
+    [("plain", "drawn_apart"), *(("zero", f"zero_{stage}_drawn_apart") for stage in (1, 2, 3))],
+)
+def test_all_processes_begin_with_the_weights_of_the_first(
+    request: pytest.FixtureRequest, tmp_path: Path, group: str, scenario: str
+) -> None:
+    one = ranks.drawn_apart(tmp_path)
+
+    assert all(one.values())
+    for two in request.getfixturevalue(group)(scenario):
+        assert two == one
+
+
 def test_memory_that_ends_on_one_process_makes_all_take_fewer_rows(
     plain: Seen, alone: dict[bool, Any]
 ) -> None:
@@ -134,6 +168,18 @@ def test_memory_that_ends_on_one_process_makes_all_take_fewer_rows(
     assert_alike(alone[True], first)
     assert first == second
     assert {warning["work"] for warning in first["heard"]} == {"rollout", "scoring", "update"}
+
+
+def test_memory_that_ends_in_a_reward_on_one_process_is_agreed_on_by_all(plain: Seen, tmp_path: Path) -> None:
+    one = ranks.reward_out_of_memory(tmp_path)
+    first, second = plain("reward_out_of_memory")
+
+    assert_alike(one, first)
+    assert first == second
+    assert first["heard"][-1]["rows"] <= 2, "the others go on with as few rows, and are told of it"
+    assert {warning["work"] for warning in first["heard"]} == {"reward"}
+    assert first["halvings"]["reward"] > 0
+    assert 'Reward "model": Out of memory (reward): a single row' in first["end"], "nobody waits for it"
 
 
 def test_a_reward_sees_every_response_once(plain: Seen) -> None:
@@ -149,6 +195,7 @@ def test_a_reward_sees_every_response_once(plain: Seen) -> None:
     ("group", "scenario"),
     [
         ("plain", "resume"),
+        ("zero", "zero_1_resume"),
         ("zero", "zero_2_resume"),
         ("zero", "zero_3_resume"),
         ("zero", "zero_3_offload"),
@@ -184,6 +231,18 @@ def test_choices_of_the_algorithm_are_as_in_one_process(
     for two in request.getfixturevalue(group)(scenario):
         for name, metrics in one.items():
             assert_alike({"said": metrics}, {"said": two[name]})
+
+
+@pytest.mark.parametrize(("group", "scenario"), [("plain", "in_turns"), ("zero", "zero_3_in_turns")])
+def test_processes_take_unlike_numbers_of_turns(
+    request: pytest.FixtureRequest, tmp_path: Path, group: str, scenario: str
+) -> None:
+    one = ranks.in_turns(tmp_path)
+
+    answered = [row for row, written in enumerate(one["written"]) if not all(written)]
+    assert len(answered) > 2
+    assert max(answered) < 6
+    assert request.getfixturevalue(group)(scenario) == [one, one]
 
 
 def test_a_reward_that_fails_on_one_process_is_the_reason_on_all(plain: Seen) -> None:
@@ -255,6 +314,13 @@ def test_sharded_weights_sample_rows_that_end_at_different_times(
     assert is_even == (scenario == "in_step")
 
 
+def test_while_the_policy_is_whole_to_sample_the_critic_stays_in_shards(zero: Seen) -> None:
+    for seen in zero("gathered"):
+        assert seen["held"] == {"whole": ["policy"], "in shards": ["critic"]}
+    for seen in zero("in_step"):
+        assert seen["held"] == {"whole": [], "in shards": ["critic", "policy"]}
+
+
 def test_weights_are_sharded_again_after_a_rollout_that_failed(zero: Seen) -> None:
     assert zero("rollout_fails") == [[], []]
 
@@ -278,7 +344,7 @@ def test_steps_that_are_not_finite_are_not_taken_and_leave_nothing_behind(
         ]
         assert seen["untouched"]
         assert seen["said"]["optimizer_steps"] == [4.0]
-        assert seen["said"]["objective/kl"] == [0.0]
+        assert seen["said"]["objective/kl"] == [pytest.approx(0.0, abs=1e-5)]
     for seen in zero(f"zero_{stage}_spoiled"):
         assert_alike({"said": first_update}, {"said": seen["said"]})
 

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from ppo_engine import program
 from ppo_engine.__main__ import main
 from ppo_engine.events import Event, read_complete
 from ppo_engine.run_dir import Acks, Control, Reason, Result, RunDir
@@ -301,6 +302,10 @@ def test_checkpoints_that_are_not_safe_elsewhere_stay(tmp_path: Path, policy_dir
 # What cannot be ----------------------------------------------------------------------------------------
 
 
+def never(*_: Any) -> None:
+    raise AssertionError("no model is loaded for a run that cannot be")
+
+
 def change_spec(run_dir: RunDir, **changes: Any) -> None:
     run_dir.spec.write_text(json.dumps({**json.loads(run_dir.spec.read_text()), **changes}))
 
@@ -311,6 +316,12 @@ def change_spec(run_dir: RunDir, **changes: Any) -> None:
         ({"colour": "red"}, "spec", ("colour",), "unknown field"),
         ({"model": {"type": "local", "path": "/nowhere"}}, "spec", ("model",), "not a directory"),
         ({"prompts": {"train": "file_2"}}, "spec", ("prompts", "train"), "no file_2.jsonl"),
+        (
+            {"prompts": {"train": {"type": "hub", "repo": "org/prompts"}}},
+            "spec",
+            ("prompts", "train"),
+            "no hub-train.jsonl. Only a worker brings data sets of the hub",
+        ),
         (
             {"method": {"type": "lora", "target_modules": ["c_attn"]}},
             "spec",
@@ -373,6 +384,45 @@ def test_a_library_that_cannot_be_imported_is_told(tmp_path: Path, policy_dir: P
     assert result.message == "ImportError: libcuda.so is of another time"
 
 
+@pytest.mark.parametrize(("given", "seen"), [({}, "1"), ({"THP_MEM_ALLOC_ENABLE": "0"}, "0")])
+def test_torch_is_told_of_huge_pages_before_it_is_imported(
+    tmp_path: Path, policy_dir: Path, given: dict[str, str], seen: str
+) -> None:
+    run_dir = make_run(tmp_path / "run", policy_dir)
+    (tmp_path / "torch.py").write_text("import os\nraise ImportError(os.environ['THP_MEM_ALLOC_ENABLE'])")
+    environment = {**ENVIRONMENT, "PYTHONPATH": f"{tmp_path}:{ROOT}", **given}
+    subprocess.run(command(run_dir), env=environment, stderr=subprocess.DEVNULL, check=False)
+    result = run_dir.read_result()
+
+    assert result is not None
+    assert result.message == f"ImportError: {seen}"
+
+
+@pytest.mark.parametrize(
+    ("resources", "loc", "words"),
+    [
+        ({"precision": "bf16"}, ("resources", "precision"), 'bf16" given; .* give "fp32"'),
+        ({"zero_stage": 2}, ("resources", "zero_stage"), "2 given; this machine has no DeepSpeed: give 0"),
+    ],
+)
+def test_what_this_machine_lacks_is_told_before_anything_is_loaded(
+    tmp_path: Path,
+    policy_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    resources: dict[str, Any],
+    loc: tuple[str, ...],
+    words: str,
+) -> None:
+    monkeypatch.setattr(program, "has_bf16", lambda: False)
+    monkeypatch.setattr(program, "find_spec", lambda name: None)
+    monkeypatch.setattr(program, "load", never)
+    result = finish(make_run(tmp_path / "run", policy_dir, resources=resources))
+
+    assert (result.outcome, result.reason) == ("failed", "spec")
+    assert [issue.loc for issue in result.issues] == [loc]
+    assert re.search(words, result.issues[0].msg)
+
+
 def test_prompts_that_leave_no_room_are_named(tmp_path: Path, policy_dir: Path) -> None:
     run_dir = make_run(tmp_path / "run", policy_dir)
     rows = [PROMPTS[0], {"prompt": "one " * 30}, *PROMPTS[:30]]
@@ -408,16 +458,22 @@ def copy_of(whole: RunDir, directory: Path) -> tuple[RunDir, dict[str, Any]]:
         ("rewards", {"pattern": "six"}, "(rewards.0.pattern: 'seven' then, 'six' now)"),
     ],
 )
-def test_a_checkpoint_of_another_spec_is_refused(
-    tmp_path: Path, whole: RunDir, part: str, changes: dict[str, Any], words: str
+def test_a_checkpoint_of_another_spec_is_refused_before_a_model_is_loaded(
+    tmp_path: Path,
+    whole: RunDir,
+    monkeypatch: pytest.MonkeyPatch,
+    part: str,
+    changes: dict[str, Any],
+    words: str,
 ) -> None:
+    monkeypatch.setattr(program, "load", never)
     run_dir, spec = copy_of(whole, tmp_path / "run")
     given = spec[part]
     changed = [{**given[0], **changes}] if isinstance(given, list) else {**given, **changes}
     change_spec(run_dir, **{part: changed})
     result = finish(run_dir)
 
-    assert result.outcome == "failed"
+    assert (result.outcome, result.reason) == ("failed", "spec")
     assert words in result.message
 
 

@@ -29,7 +29,7 @@ from ppo_engine.issues import SpecError
 from ppo_engine.reporting import environment
 from ppo_engine.run_dir import RunDir
 from ppo_engine.spec import identity, parse
-from tests.engine.training import make_run
+from tests.engine.training import PROMPTS, make_run
 
 pytestmark = pytest.mark.filterwarnings(
     # MLflow's store uses what SQLAlchemy 2.1 deprecates.
@@ -38,6 +38,7 @@ pytestmark = pytest.mark.filterwarnings(
 ROOT = Path(__file__).parents[2]
 TRACKERS = ("tensorboard", "wandb", "mlflow")
 Curves = dict[int, dict[str, float]]
+Table = list[dict[str, Any]]
 
 SCRIPT = """
 import json, sys
@@ -61,10 +62,11 @@ ours = trainer(
         "eval_strategy": "steps",
         "eval_steps": 2,
     },
-    eval_dataset={"some": PROMPTS[:4], "others": PROMPTS[4:8]},
+    eval_dataset={"some": PROMPTS[:4], "others": PROMPTS[4:11]},
     callbacks=[EndsWandb] if ends else None,
 )
 ours.train()
+ours.generate_completions()
 (directory / "history.json").write_text(json.dumps(ours.state.log_history))
 assert ours.pop_callback(WandbCallback) is not None, "a script finds it by its class"
 """
@@ -143,8 +145,20 @@ def wandb_curves(path: Path) -> Curves:
                 for item in record.history.item
             }
             update = items.pop("train/global_step")
-            curves[update] |= {name: value for name, value in items.items() if not name.startswith("_")}
+            if "completions/path" not in items:
+                curves[update] |= {name: value for name, value in items.items() if not name.startswith("_")}
     return curves
+
+
+def wandb_tables(path: Path) -> list[Table]:
+    """In the order in which they were logged."""
+    found = []
+    for record in wandb_records(path):
+        items = {"/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+        if name := items.get("completions/path"):
+            read = json.loads((path.parent / "files" / name).read_text())
+            found.append([dict(zip(read["columns"], row, strict=True)) for row in read["data"]])
+    return found
 
 
 def wandb_config(path: Path) -> dict[str, Any]:
@@ -167,6 +181,24 @@ def board_curves(directory: Path) -> Curves:
         for point in events.Scalars(name):
             curves[point.step][name] = point.value
     return curves
+
+
+def board_tables(directory: Path) -> list[str]:
+    """Markdown, in the order in which they were written."""
+    points = board(directory).Tensors("completions/text_summary")
+    return [point.tensor_proto.string_val[0].decode() for point in points]
+
+
+def mlflow_table(run: Run, update: int) -> Table:
+    """All that was logged for an update."""
+    place = Path(run.info.artifact_uri.removeprefix("file://")) / "completions" / f"update-{update}.json"
+    read = json.loads(place.read_text())
+    return [dict(zip(read["columns"], row, strict=True)) for row in read["data"]]
+
+
+def rounded(table: Table) -> Table:
+    """MLflow keeps ten decimals."""
+    return [{k: round(v, 8) if isinstance(v, float) else v for k, v in row.items()} for row in table]
 
 
 def mlflow_runs(database: Path, experiment: str) -> list[Run]:
@@ -238,6 +270,29 @@ def test_every_metric_of_a_script_arrives_with_its_update(scripted: Path) -> Non
     assert_same(mlflow_curves(scripted / "mlflow.db", "Default"), expected)
 
 
+def test_every_completion_that_a_script_generates_stands_in_the_tables(scripted: Path) -> None:
+    """Those of the evaluations after updates 2 and 3, then all that were asked for after the training."""
+    tables = wandb_tables(wandb_runs(scripted)[0])
+    kinds = ["eval/some/greedy"] * 4 + ["eval/others/greedy"] * 7
+    assert [[row["update"] for row in table] for table in tables] == [[2] * 18, [3] * 18, [3] * 11]
+    assert [row["kind"] for row in tables[2]] == kinds
+    assert tables[2][0].keys() == {"update", "kind", "prompt", "response", "score", "reward/likes_seven"}
+    assert [row["prompt"] for row in tables[2]] == [row["prompt"] for row in PROMPTS[:11]]
+    assert len({row["response"] for row in tables[2]}) > 1
+    greedy = [row["score"] for row in tables[1] if row["kind"] == "eval/some/greedy"]
+    assert sum(greedy) / 4 == pytest.approx(history(scripted)[3]["eval/some/greedy/scores"])
+
+    (run,) = mlflow_runs(scripted / "mlflow.db", "Default")
+    assert rounded(mlflow_table(run, 2)) == rounded(tables[0])
+    assert rounded(mlflow_table(run, 3)) == rounded(tables[1] + tables[2])
+
+    texts = board_tables(scripted / "boards")
+    assert [text.count("\n") - 1 for text in texts] == [18, 18, 11]
+    for text, table in zip(texts, tables, strict=True):
+        assert text.splitlines()[0] == f"|{'|'.join(table[0])}|"
+        assert text.splitlines()[2] == f"|{'|'.join(map(str, table[0].values()))}|"
+
+
 def test_a_script_reports_its_arguments_and_its_model(scripted: Path) -> None:
     config = wandb_config(wandb_runs(scripted)[0])
     assert (config["kl_coef"], config["response_length"], config["model_type"]) == (0.05, 8, "llama")
@@ -259,7 +314,7 @@ def test_a_tracker_that_fails_is_told_of_once_and_the_run_goes_on(tmp_path: Path
     printed = script(tmp_path, "ends")
 
     assert [line for line in printed.splitlines() if line.startswith("report_failed")] == [
-        line for line in printed.splitlines() if "wandb failed, and is reported to no more" in line
+        line for line in printed.splitlines() if "wandb failed (Error), and is reported to no more" in line
     ]
     assert printed.count("report_failed") == 1
     assert history(tmp_path).keys() == {1, 2, 3}
@@ -311,6 +366,29 @@ def test_every_metric_of_a_job_arrives_with_its_update(job: RunDir) -> None:
     assert_same(without_epoch(board_curves(directory / "boards" / "job_7")), prefixed(expected))
     assert_same(without_epoch(wandb_curves(wandb_runs(directory)[0])), prefixed(expected))
     assert_same(without_epoch(mlflow_curves(directory / "mlflow.db", "proxima")), expected)
+
+
+def test_the_samples_of_a_job_stand_in_the_tables(job: RunDir) -> None:
+    directory = operators(job)
+    said = [
+        {"update": event.update, **{name: sample[name] for name in ("kind", "prompt", "response", "score")}}
+        for event in read_complete(job.events)[0]
+        if event.type == "samples"
+        for sample in event.data["samples"]  # type: ignore[union-attr]
+    ]
+    logged = [row for table in wandb_tables(wandb_runs(directory)[0]) for row in table]
+    for row in logged:
+        row.pop("reward/seven")
+    # An event has five of each kind; between evaluations more have been generated.
+    assert [row for row in logged if row in said] == said
+    assert {row["kind"] for row in logged} == {"eval", "eval/greedy"}
+
+    (run,) = mlflow_runs(directory / "mlflow.db", "proxima")
+    assert Path(run.info.artifact_uri.removeprefix("file://")).is_relative_to(directory / "artifacts")
+    assert [row["response"] for row in mlflow_table(run, 3)] == [
+        row["response"] for row in logged if row["update"] == 3
+    ]
+    assert len(board_tables(directory / "boards" / "job_7")) == len({row["update"] for row in logged})
 
 
 def test_a_job_reports_under_its_own_name(job: RunDir) -> None:
@@ -376,6 +454,9 @@ def test_a_job_whose_tracker_is_away_goes_on_and_says_so(policy_dir: Path, tmp_p
     assert [event.type for event in events][:2] == ["started", "warning"]
     (warning,) = [event for event in events if event.type == "warning"]
     assert (warning.data["code"], warning.data["tracker"]) == ("report_failed", "mlflow")
+    assert "mlflow failed (MlflowException), and is reported to no more" in str(warning.data["message"])
+    assert "127.0.0.1" not in json.dumps(warning.data), "where a tracker is, is the operator's"
+    assert "mlflow failed: MlflowException: " in run_dir.log.read_text()
     assert board_curves(tmp_path / "boards" / "run").keys() == {1, 2}
 
 

@@ -468,7 +468,7 @@ def model_refusal(source: str, **options: Any) -> str:
 
 def test_a_model_with_several_labels(tmp_path: Path) -> None:
     path = tiny.save(tiny.reward_model(labels=2), tiny.tokenizer(), tmp_path)
-    assert "a model with 2 labels given; a reward is one number" in model_refusal(path)
+    assert "A model with 2 labels given; a reward is one number" in model_refusal(path)
 
 
 def test_a_model_without_a_padding_token(tmp_path: Path) -> None:

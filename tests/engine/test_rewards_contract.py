@@ -53,7 +53,7 @@ def rollout_of(stop: str, scorer: Scorer) -> tuple[Collector, Rollout]:
     written = [TOKENIZER(text.replace("STOP", stop))["input_ids"] for text, _, _ in ENDS.values()]
     finished = [ends for _, ends, _ in ENDS.values()]
     prompts = [Prompt(PROMPT, TOKENIZER(PROMPT)["input_ids"], {"answer": "one two"}) for _ in ENDS]
-    responses = [Response(ids, end) for ids, end in zip(written, finished, strict=True)]
+    responses = [Response(ids, end, []) for ids, end in zip(written, finished, strict=True)]
     return collector, collector._rollout(prompts, responses)
 
 

@@ -14,6 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ppo_engine.memory import OutOfMemory
 from ppo_engine.rewards import NamedReward, RewardBatch, RewardError, Scorer, Scores
 from ppo_engine.rewards.scorer import FIRST_PAUSE, LONGEST_PAUSE, LONGEST_WISH
 from tests.engine.test_rewards import batch
@@ -103,13 +104,30 @@ def test_nothing_is_asked_again_without_a_need_or_leave() -> None:
     assert waits == []
 
 
-@pytest.mark.parametrize(
-    "fatal", [KeyboardInterrupt(), SystemExit(1), MemoryError(), torch.OutOfMemoryError("no memory")]
-)
+@pytest.mark.parametrize("fatal", [KeyboardInterrupt(), SystemExit(1)])
 def test_what_is_no_failure_of_a_reward_ends_the_run_at_once(fatal: BaseException) -> None:
     reward = Flaky(fatal)
     with pytest.raises(type(fatal)):
         score(reward, fallback=0.0)
+    assert len(reward.asked) == 1
+
+
+@pytest.mark.parametrize(
+    "lack",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+)
+def test_memory_that_ends_in_the_code_of_a_reward_ends_the_run_and_gets_no_fallback(lack: Exception) -> None:
+    reward = Flaky(lack)
+    with pytest.raises(
+        OutOfMemory, match=r'^Reward "r": out of memory in its code \(.* asked for\)'
+    ) as caught:
+        score(reward, fallback=0.0)
+    assert caught.value.__cause__ is lack
     assert len(reward.asked) == 1
 
 
@@ -195,6 +213,8 @@ def test_a_reason_survives_the_way_between_processes() -> None:
 
     error = pickle.loads(pickle.dumps(RewardError("away", lasting=True, retry_after=3.0)))
     assert (str(error), error.lasting, error.retry_after) == ("away", True, 3.0)
+    lack = pickle.loads(pickle.dumps(OutOfMemory("no room", can_go_on=True)))
+    assert (str(lack), lack.can_go_on) == ("no room", True)
 
 
 def test_an_update_and_an_evaluation_tell_how_many_rows_failed(tmp_path: Path) -> None:

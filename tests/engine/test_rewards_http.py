@@ -305,6 +305,7 @@ def in_a_while(seconds: float) -> str:
         ("soon", 0.25, 0.5),
         ("-3", 0.25, 0.5),
     ],
+    ids=["seconds", "too many seconds", "a day", "a time gone by", "no number", "a negative number"],
 )
 def test_a_server_says_when_to_come_back(header: str, least: float, most: float) -> None:
     waits: list[float] = []

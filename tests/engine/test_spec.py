@@ -12,6 +12,7 @@ import regex
 from ppo_engine.findings import IDENTIFIER, NAME, rule_and_fix
 from ppo_engine.hyperparameters import Hyperparameters
 from ppo_engine.issues import MAX_ISSUES, SpecError, shown
+from ppo_engine.model_sources import HubModel
 from ppo_engine.spec import (
     SPEC_VERSION,
     Lora,
@@ -19,8 +20,10 @@ from ppo_engine.spec import (
     ValueHead,
     ValueModel,
     critic,
+    data_id,
     identity,
     parse,
+    sources,
     upgrade,
 )
 
@@ -127,6 +130,14 @@ def test_the_critic_follows_from_method_and_estimator(
             ['"b"', "in capitals"],
         ),
         ({"prompts": {"train": "../../etc/passwd"}}, "prompts.train", ["../../etc/passwd"]),
+        ({"prompts": {"train": 3}}, "prompts.train", ["3 given"]),
+        ({"prompts": {"train": {"type": "hub", "repo": "nobody"}}}, "prompts.train.repo", ['"owner/name"']),
+        ({"prompts": {"train": {"repo": "a/b"}}}, "prompts.train.type", ["required"]),
+        (
+            {"prompts": {"train": {"type": "hub", "repo": "a/b", "splits": "train"}}},
+            "prompts.train.splits",
+            ["unknown field"],
+        ),
         ({"model": {"type": "hub", "repo": "nobody"}}, "model.repo", ['"nobody"']),
     ],
 )
@@ -247,3 +258,27 @@ def test_precision_and_sharding_belong_to_a_run(field: str, value: object) -> No
     own, other = (identity(parse(given)) for given in (raw(), raw(resources={field: value})))
     assert {key for key in own if own[key] != other[key]} == {name}
     assert other[name] == value
+
+
+def test_models_of_the_hub_can_be_put_at_their_commits() -> None:
+    hub = {"type": "hub", "repo": "org/model"}
+    spec = parse(raw(model=hub, rewards=[{"type": "model", "name": "judge", "source": hub}]))
+    pinned = spec.at({("model",): "0123abc", ("rewards", 0, "source"): "4567def"})
+    assert [(loc, source.revision) for loc, source in sources(pinned) if isinstance(source, HubModel)] == [
+        (("model",), "0123abc"),
+        (("rewards", 0, "source"), "4567def"),
+    ]
+
+
+def test_prompts_of_the_hub_are_known_by_their_commit() -> None:
+    source = {"type": "hub", "repo": "org/prompts", "split": "test"}
+    spec = parse(raw(prompts={"train": source, "eval": "file_1"}))
+    assert spec.prompts.files() == {"file_1"}
+    assert [data_id(*each) for each in spec.prompts.sources().items()] == ["hub-train", "file_1"]
+
+    pinned = spec.at({("prompts", "train"): "0123abc"})
+    assert pinned.prompts.eval == "file_1"
+    assert str(pinned.prompts.train) == "org/prompts@0123abc (test)"
+    differing = set(identity(spec).items()) ^ set(identity(pinned).items())
+    assert differing == {("prompts.train.revision", "main"), ("prompts.train.revision", "0123abc")}
+    assert identity(parse(raw()))["prompts.train"] == "file_1"

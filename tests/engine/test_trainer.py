@@ -240,7 +240,35 @@ def test_with_lora_only_adapter_and_value_head_are_trained(tmp_path: Path) -> No
         ({"peft_config": {"r": 4}}, TypeError, "PeftConfig"),
         ({"reward_model": []}, ValueError, "reward"),
         ({"reward_model": 3}, TypeError, "callable"),
-        ({"value_model": tiny.policy()}, ValueError, "value_model"),
+        ({"value_model": tiny.policy()}, SpecError, "value_model: A LlamaForCausalLM given .* one number"),
+        (
+            {"value_model": tiny.reward_model(labels=2)},
+            SpecError,
+            "value_model: .* score head has 2 outputs; a value is one number",
+        ),
+        (
+            {"reward_model": tiny.reward_model(labels=2)},
+            SpecError,
+            "reward_model: A model with 2 labels given; a reward is one number",
+        ),
+        (
+            {
+                "reward_model": [likes_seven, tiny.reward_model(pad_token_id=None)],
+                "processing_class": tiny.tokenizer(pad=None),
+            },
+            SpecError,
+            "reward_model.1: A model without a padding token given",
+        ),
+        (
+            {"changes": {"metric_for_best_model": "reward/eight"}},
+            SpecError,
+            'metric_for_best_model: "reward/eight" given; .*"reward/likes_seven"',
+        ),
+        (
+            {"changes": {"advantage_estimator": "rloo"}},
+            SpecError,
+            'num_return_sequences: 1 given with advantage_estimator "rloo"',
+        ),
         ({"changes": {"ref_adapter_name": "sft"}}, ValueError, "ref_adapter_name.*sft"),
         ({"changes": {"stop_token": "eos"}}, SpecError, "stop_token_id"),
         ({"changes": {"response_length": 40}}, SpecError, "response_length.*32 positions"),
@@ -263,8 +291,12 @@ def test_with_lora_only_adapter_and_value_head_are_trained(tmp_path: Path) -> No
 def test_a_wrong_argument_says_so(
     tmp_path: Path, given: dict[str, Any], error: type[Exception], words: str
 ) -> None:
+    model = given.get("model", tiny.policy())
+    before = [(name, type(module)) for name, module in model.named_modules()]
     with pytest.raises(error, match=words):
-        trainer(tmp_path, **{"changes": {"total_episodes": None}, **given})
+        trainer(tmp_path, model=model, **{"changes": {"total_episodes": None}, **given})
+    if error is SpecError and "Row 1" not in words:
+        assert [(name, type(module)) for name, module in model.named_modules()] == before, "not touched yet"
 
 
 def test_the_policy_cannot_be_its_own_reference(tmp_path: Path) -> None:

@@ -12,16 +12,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ppo_engine import trainer as trainer_module
 from ppo_engine.actor_critic import causal_lm
-from ppo_engine.batch import Experience, Rollout
+from ppo_engine.batch import Rollout
 from ppo_engine.draws import Purpose
-from ppo_engine.experience import TokenScores, experience_of
 from ppo_engine.learn import StepStats, UpdateStats
 from ppo_engine.logprobs import token_logprobs
 from ppo_engine.prompts import rows_of_update
 from ppo_engine.rewards import RewardBatch
 from tests.engine import tiny
+from tests.engine.recording import Recorder
 from tests.engine.training import likes_seven, logged, trainer
 
 ONE_STEP = {"num_ppo_epochs": 1, "num_mini_batches": 1, "total_episodes": 16}
@@ -143,29 +142,6 @@ def test_14_logits_in_chunks_give_the_same_values_and_gradients(chunk: int) -> N
 
     for whole, chunked in zip(run(100), run(chunk), strict=True):
         assert torch.allclose(whole, chunked, atol=1e-6)
-
-
-class Recorder:
-    """Stands where the trainer works out experience, and keeps what goes in and comes out."""
-
-    def __init__(self) -> None:
-        self.tokens: list[TokenScores] = []
-        self.experiences: list[Experience] = []
-
-    def __call__(
-        self, rollout: Any, scores: Any, tokens: TokenScores, *given: Any
-    ) -> tuple[Experience, Tensor]:
-        experience, kl_BR = experience_of(rollout, scores, tokens, *given)
-        self.tokens.append(tokens)
-        self.experiences.append(experience)
-        return experience, kl_BR
-
-
-@pytest.fixture
-def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
-    recorder = Recorder()
-    monkeypatch.setattr(trainer_module, "experience_of", recorder)
-    return recorder
 
 
 def test_rewards_are_whitened_over_the_batch_and_keep_their_mean(tmp_path: Path, recorder: Recorder) -> None:

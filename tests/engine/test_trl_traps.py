@@ -39,7 +39,7 @@ TRAPS = {
     14: ("test_traps", "test_14_logits_in_chunks_give_the_same_values_and_gradients"),
     15: ("test_trl_traps", "test_15_no_forward_is_wider_than_its_longest_row"),
     16: ("test_trainer", "test_before_the_first_step_the_ratio_is_one"),
-    17: ("test_processes", "test_sharded_weights_sample_rows_that_end_at_different_times"),
+    17: ("test_processes", "test_while_the_policy_is_whole_to_sample_the_critic_stays_in_shards"),
     18: ("test_rewards", "test_model_with_a_tokenizer_of_its_own"),
     19: ("test_trl_traps", "test_19_the_global_random_state_orders_nothing"),
     20: ("test_trl_traps", "test_20_no_value_model_is_a_head_and_evaluation_runs_by_its_steps"),

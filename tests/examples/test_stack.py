@@ -42,7 +42,7 @@ def test_a_stack_that_cannot_start_says_what_it_printed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PROXIMA_LEASE_SECONDS", "-1")
-    with pytest.raises(stack.StackFailed, match="lease_seconds"), stack.running(tmp_path, tmp_path):
+    with pytest.raises(stack.StackFailed, match="PROXIMA_LEASE_SECONDS"), stack.running(tmp_path, tmp_path):
         pytest.fail("it started")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import stat
 import subprocess
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from service.settings import Settings
+from service.settings import Settings, wrong
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -65,6 +66,59 @@ def test_what_is_set_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 def test_what_cannot_be_is_refused(given: dict[str, object], told: str):
     with pytest.raises(ValidationError, match=re.escape(told)):
         Settings.model_validate(given)
+
+
+PROGRAMS = [
+    ["-m", "service.embedded", "--port", "0"],
+    ["-m", "uvicorn", "--factory", "service.main:create_app", "--port", "0"],
+    ["-m", "service.admin", "list-keys", "--project", "default"],
+    ["-m", "service.migrate"],
+    ["-m", "worker"],
+]
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program[1])
+def test_a_program_ends_with_a_message_about_a_bad_setting(tmp_path: Path, program: list[str]):
+    bad = {"PROXIMA_DATA_DIR": str(tmp_path), "PROXIMA_MODEL_ROOTS": "/a/path", "PROXIMA_ALLOW_CPU": "maybe"}
+    if program[1] == "service.embedded":
+        program = [*program, "--data-dir", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, *program], cwd=REPOSITORY, env={**os.environ, **bad}, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert sorted(done.stderr.splitlines()) == [
+        'PROXIMA_ALLOW_CPU: "maybe" given; it is true or false: give that.',
+        """PROXIMA_MODEL_ROOTS: "/a/path" given; it is a JSON list, such as '["one", "two"]': give that.""",
+    ]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"model_roots": "/a"}, 'PROXIMA_MODEL_ROOTS: "/a" given; it is a JSON list'),
+        ({"model_roots": '["/a", 1]'}, "PROXIMA_MODEL_ROOTS.1: 1 given; it is a path, as text"),
+        ({"storage_options": "region=eu"}, "PROXIMA_STORAGE_OPTIONS: A value given; it is a JSON object"),
+        ({"storage_options": '{"secret": 12345}'}, "PROXIMA_STORAGE_OPTIONS.secret: A value given"),
+        ({"max_body_bytes": "1.5"}, 'PROXIMA_MAX_BODY_BYTES: "1.5" given; it is a whole number'),
+        ({"lease_seconds": "0"}, 'PROXIMA_LEASE_SECONDS: "0" given. Input should be greater than 0; give'),
+        ({"lease_seconds": 15}, "PROXIMA_HEARTBEAT_SECONDS is 10 and PROXIMA_LEASE_SECONDS is 15"),
+        ({"key_secret": "12345"}, "PROXIMA_KEY_SECRET has under 32 characters; make one with"),
+        (
+            {"database_url": "mysql://me:12345@host/name"},
+            "PROXIMA_DATABASE_URL: A value given; it begins with",
+        ),
+        ({"broker_url": "host:6379"}, "PROXIMA_BROKER_URL: A value given; it begins with redis:// or"),
+        ({"storage_url": "bucket"}, "PROXIMA_STORAGE_URL: A value given; it begins with file:// or s3://"),
+        ({"data_dir": __file__}, 'test_settings.py" given; it is a directory, or is not there yet'),
+    ],
+)
+def test_a_bad_setting_is_told_by_its_variable_and_secrets_are_not(given: dict[str, object], told: str):
+    with pytest.raises(ValidationError) as caught:
+        Settings.model_validate(given)
+    [line] = wrong(caught.value)
+    assert told in line
+    assert "12345" not in line
 
 
 def test_the_secret_of_keys_can_be_set(tmp_path: Path):

@@ -101,13 +101,15 @@ class Fleet:
         return file_id
 
     async def submit(self, spec: Mapping[str, Any] = SPEC, *, bell: bool = True) -> str:
-        """A queued job; its id. bell: whether workers are told."""
-        file_id = await self.upload()
-        parsed = parse({**spec, "prompts": {"train": file_id}})
+        """A queued job; its id. It has a file of its own where its spec names no prompts.
+
+        bell: whether workers are told.
+        """
+        parsed = parse(spec if "prompts" in spec else {**spec, "prompts": {"train": await self.upload()}})
         new = jobs.NewJob(
             spec=parsed.model_dump(mode="json"),
             spec_version=SPEC_VERSION,
-            files=[file_id],
+            files=parsed.prompts.files(),
             queue=self.settings.queue,
         )
         async with self.store.write() as session:

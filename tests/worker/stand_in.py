@@ -17,7 +17,7 @@ import sys
 import time
 from pathlib import Path
 
-from ppo_engine.events import Event, encode
+from ppo_engine.events import BEGUN_AGAIN, Event, encode
 from ppo_engine.run_dir import (
     MANIFEST,
     Halvings,
@@ -61,6 +61,9 @@ class StandIn:
         self.run_dir.read_spec()
         self.resume()
         self.say("started", "started", {"plan": {}, "versions": {}})
+        if self.run_dir.halvings.exists():
+            halvings = self.run_dir.read_halvings().model_dump()
+            self.say("warning", BEGUN_AGAIN + str(halvings["update"]), {"code": "out_of_memory", **halvings})
         if self.options.rank:
             subprocess.Popen(
                 [sys.executable, "-c", "import time; time.sleep(600)", str(self.run_dir.path)],
@@ -76,8 +79,10 @@ class StandIn:
         return self.end("succeeded", "finished")
 
     def resume(self) -> None:
+        """Go on from the last checkpoint; what was said after it is taken back, as the engine does."""
         whole = complete_updates(self.run_dir.checkpoints)
         if not whole:
+            self.run_dir.events.unlink(missing_ok=True)
             return
         directory = self.run_dir.checkpoint(whole[-1])
         manifest = read_manifest(directory)
@@ -85,7 +90,10 @@ class StandIn:
         assert damage(directory, manifest) is None
         kept = json.loads((directory / "state.json").read_text())
         self.update, self.state = kept["update"], kept["state"]
-        self.say("rewound", f"rewound:a{self.options.attempt}:{self.update}", {"to": self.update})
+        if self.run_dir.events.exists():
+            os.truncate(self.run_dir.events, kept["said"])
+        else:
+            self.say("rewound", f"rewound:a{self.options.attempt}:{self.update}", {"to": self.update})
 
     def step(self) -> None:
         time.sleep(self.options.seconds)
@@ -108,7 +116,8 @@ class StandIn:
             sys.exit(self.end("failed", self.options.reason))
         if self.update == self.options.out_of_memory_at and not self.run_dir.halvings.exists():
             self.run_dir.write_halvings(Halvings(update=1))
-            sys.exit(self.end("stopped", "oom"))
+            self.leave_result("stopped", "oom")
+            sys.exit(1)
         if self.update == self.options.garble_at:
             with self.run_dir.events.open("ab") as file:
                 file.write(b"no event\n")
@@ -130,7 +139,8 @@ class StandIn:
         if self.update in complete_updates(self.run_dir.exports):
             return
         state = {"update": self.update, "state": self.state}
-        self.write(self.run_dir.checkpoint(self.update), {"state.json": state, "part/optimizer.json": {}})
+        kept = {**state, "said": self.run_dir.events.stat().st_size}
+        self.write(self.run_dir.checkpoint(self.update), {"state.json": kept, "part/optimizer.json": {}})
         self.write(self.run_dir.export(self.update), {"adapter_config.json": {}, "adapter.json": state})
         self.say("checkpoint", f"checkpoint:{self.update}", {"update": self.update, "metrics": {}})
         self.await_acks()
@@ -166,13 +176,16 @@ class StandIn:
 
     def end(self, outcome: str, reason: Reason) -> int:
         self.say("finished", "finished", {"outcome": outcome, "reason": reason})
+        self.leave_result(outcome, reason)
+        return 0 if outcome != "failed" else 1
+
+    def leave_result(self, outcome: str, reason: Reason) -> None:
         message = f"The stand-in ended: {reason}."
         self.run_dir.write_result(
             Result.model_validate(
                 {"outcome": outcome, "reason": reason, "update": self.update, "message": message}
             )
         )
-        return 0 if outcome != "failed" else 1
 
 
 def main() -> int:

@@ -38,6 +38,15 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 async def test_a_model_of_the_hub_is_planned_with_its_facts(embedded: Fleet, cache: Path) -> None:
     job_id = await embedded.submit(ON_HUB)
     await embedded.work("--updates", 1)
+    job = await embedded.job(job_id)
+    assert job.state == "succeeded", await embedded.log(job_id)
+    assert job.spec["model"]["revision"] == COMMIT  # with which a later attempt goes on, wherever main is
+
+
+async def test_a_model_is_had_by_its_commit_wherever_main_has_gone(embedded: Fleet, cache: Path) -> None:
+    job_id = await embedded.submit({**ON_HUB, "model": {**ON_HUB["model"], "revision": COMMIT}})
+    (cache / "hub" / "models--acme--tiny" / "refs" / "main").write_text("f" * 40)
+    await embedded.work("--updates", 1)
     assert (await embedded.job(job_id)).state == "succeeded", await embedded.log(job_id)
 
 
@@ -81,6 +90,6 @@ async def test_where_the_operator_allows_no_hub_none_is_asked(embedded: Fleet, c
 
 async def test_a_download_that_crashes_says_so(tmp_path: Path) -> None:
     run_dir = RunDir(tmp_path)
-    broken = Hub({"PYTHONHOME": "/nowhere"})  # no Python starts with that
+    broken = Hub({"PYTHONHOME": "/nowhere"}, max_bytes=1)  # no Python starts with that
     with pytest.raises(ModelUnavailable, match="status 1"):
         await broken.fetch(HubModel(repo="acme/tiny"), run_dir)

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
+from accelerate.commands.launch import launch_command_parser
 
-from ppo_engine.spec import Resources, Tracker
+from ppo_engine.issues import SpecError
+from ppo_engine.spec import Resources, Tracker, parse
+from tests.engine.test_spec import raw
 from worker import launch
 
 ENGINE = (sys.executable, "-m", "ppo_engine")
@@ -66,6 +70,29 @@ def test_an_optimizer_is_offloaded_where_that_is_asked_for() -> None:
     resources = Resources(zero_stage=2, offload="optimizer")
     command = launch.command(ENGINE, (), resources, Path("/runs/a1"), 1)
     assert command[command.index("--offload_optimizer_device") + 1] == "cpu"
+
+
+@pytest.mark.parametrize("gpus", [1, 2, 3])
+def test_resources_are_refused_at_their_field_or_launched_as_they_are(gpus: int) -> None:
+    """By accelerate's own reading of the command; what each really starts, `tests/engine` runs."""
+    for stage, offload, precision in product((0, 1, 2, 3), ("none", "optimizer"), ("fp32", "bf16")):
+        given = {"gpus": gpus, "zero_stage": stage, "offload": offload, "precision": precision}
+        if (stage, offload) == (0, "optimizer"):
+            with pytest.raises(SpecError) as caught:
+                parse(raw(resources=given))
+            assert [issue.loc for issue in caught.value.issues] == [("resources", "offload")]
+            continue
+        resources = parse(raw(resources=given)).resources
+        command = launch.command(ENGINE, (), resources, Path("/runs/a1"), 1)
+        if (gpus, stage) == (1, 0):
+            assert command[: len(ENGINE)] == [*ENGINE]
+            continue
+        assert command[:3] == [sys.executable, "-m", "accelerate.commands.launch"]
+        read = launch_command_parser().parse_args(command[3:])
+        assert (read.num_processes, read.use_deepspeed, read.multi_gpu) == (gpus, stage > 0, stage == 0)
+        assert not stage or int(read.zero_stage) == stage
+        assert (read.offload_optimizer_device == "cpu") == (offload == "optimizer")
+        assert [read.training_script, *read.training_script_args] == [*ENGINE, "/runs/a1", "--attempt", "1"]
 
 
 def test_devices_are_those_of_the_driver_or_of_cudas_own_variable(

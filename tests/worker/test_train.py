@@ -20,6 +20,11 @@ pytestmark = pytest.mark.anyio
 ENDLESS = ("--updates", 1_000_000, "--seconds", 0.02)
 
 
+def starts(log: str) -> int:
+    """How often an engine was started."""
+    return log.count('"arguments"')
+
+
 async def test_a_job_runs_to_its_end(fleet: Fleet) -> None:
     job_id = await fleet.submit()
     await fleet.work("--updates", 5, "--save-every", 2)
@@ -158,13 +163,43 @@ async def test_a_failure_keeps_the_engines_reason(embedded: Fleet) -> None:
     assert [event.update for event in await embedded.events(job.id, "metrics")] == [1, 2]
 
 
-async def test_an_engine_without_memory_for_the_work_is_started_once_more_in_the_same_attempt(
-    embedded: Fleet,
+@pytest.mark.parametrize("memory_ends_at", [1, 3], ids=["before a checkpoint", "after one"])
+async def test_an_engine_without_memory_is_started_once_more_and_no_event_is_lost_or_kept_twice(
+    embedded: Fleet, memory_ends_at: int
 ) -> None:
     job_id = await embedded.submit()
-    await embedded.work("--out-of-memory-at", 2)
+    await embedded.work("--out-of-memory-at", memory_ends_at, "--updates", 6, "--save-every", 2)
+
     job = await embedded.job(job_id)
-    assert (job.state, job.attempt) == ("succeeded", 1)
+    assert (job.state, job.attempt, job.update) == ("succeeded", 1, 6)
+    assert starts(await embedded.log(job_id)) == 2
+    said = await embedded.events(job_id)
+    keys = [event.key for event in said if event.type not in ("state", "artifact")]
+    rewound = [] if memory_ends_at == 1 else ["rewound:a1:2"]
+    assert sorted(keys) == sorted(
+        [
+            *("started", "warning:begun_again:1", *rewound, "finished"),
+            *(f"metrics:{update}" for update in range(1, 7)),
+            *(f"checkpoint:{update}" for update in (2, 4, 6)),
+        ]
+    )
+    assert [event.update for event in said if event.type == "metrics"] == [1, 2, 3, 4, 5, 6]
+    [warning] = [event for event in said if event.type == "warning"]
+    assert (warning.data["code"], warning.data["update"]) == ("out_of_memory", 1)
+
+
+async def test_the_next_attempt_knows_how_much_fits(embedded: Fleet) -> None:
+    job_id = await embedded.submit()
+    async with embedded.working(*ENDLESS, "--out-of-memory-at", 1):
+        await embedded.gets_to(job_id, 3)
+        await embedded.wish(job_id, "pause")
+    paused = await embedded.job(job_id)
+
+    await embedded.wish(job_id, "run")
+    await embedded.work("--out-of-memory-at", paused.update, "--updates", paused.update + 2)
+
+    assert (await embedded.job(job_id)).state == "succeeded"
+    assert [starts(await embedded.log(job_id, attempt)) for attempt in (1, 2)] == [2, 1]
 
 
 async def test_after_a_failure_the_worker_takes_the_next_job(embedded: Fleet) -> None:

@@ -76,6 +76,36 @@ def test_hub_models_are_taken_where_allowed(tmp_path: Path, new_sqlite: NewDatab
         assert job["plan"]["parameters_trained"] is None  # nothing is known of it here
 
 
+def test_prompts_of_the_hub_are_planned_as_far_as_can_be_without_them(
+    tmp_path: Path, new_sqlite: NewDatabase
+):
+    allowing = Settings(data_dir=tmp_path, database_url=new_sqlite(), allow_hub_models=True)
+    source = {"type": "hub", "repo": "org/prompts"}
+    model = {"type": "hub", "repo": "org/model"}
+    with serving(allowing) as running, running.client() as client:
+
+        def sent(route: str, ppo: dict[str, Any]) -> httpx.Response:
+            return client.post(
+                route, json={"spec": spec("", prompts={"train": source}, model=model, ppo=ppo)}
+            )
+
+        job = sent("/v1/jobs", {"total_episodes": 64}).json()
+        assert job["spec"]["prompts"]["train"] == source | {
+            "revision": "main",
+            "config": None,
+            "split": "train",
+        }
+        assert job["plan"]["num_total_batches"] == job["total_updates"] == 8
+
+        job = sent("/v1/jobs", {"num_train_epochs": 2.0}).json()
+        assert (job["plan"], job["total_updates"]) == (None, None)
+        estimate = sent("/v1/jobs/estimate", {"num_train_epochs": 2.0})
+        assert "prompts.train on the hub; give it" in issue_at(estimate, "spec", "ppo", "total_episodes")
+
+        broken = sent("/v1/jobs", {"num_mini_batches": 3})
+        assert "give a divisor" in issue_at(broken, "spec", "ppo", "num_mini_batches")
+
+
 DEEP = st.integers(1, 1100).map(lambda depth: f"<{depth} deep>")
 """Stands for lists in lists, which Python cannot write as JSON itself."""
 

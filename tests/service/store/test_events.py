@@ -47,6 +47,17 @@ async def test_what_an_engine_says_comes_back_as_it_was(store: Store, project: s
     assert event.data == {"samples": [{"prompt": "nul \0", "score": "NaN"}]}
 
 
+async def test_the_last_event_whose_key_begins_so(store: Store, project: str):
+    fence = await running(store, project)
+    await beat(store, fence, 1, 2, type="warning")
+    await beat(store, fence, 3, type="metrics")
+    async with store.read() as session:
+        found = await events.newest_keyed(session, fence.job_id, "warning:")
+        other = await events.newest_keyed(session, "job_other", "warning:")
+    assert found is not None
+    assert (found.key, other) == ("warning:2", None)
+
+
 async def test_pages_go_forward_from_a_number(store: Store, project: str):
     fence = await running(store, project)
     await beat(store, fence, *range(1, 9))

@@ -94,6 +94,24 @@ def test_parquet_over_several_row_groups():
     assert summary.rows == 200
 
 
+def test_parquet_columns_of_json_are_what_they_say():
+    chat, junk = [{"role": "user", "content": "Hi", "n": [1, None]}], '{"a": 1, "a": 2}'
+
+    def content(more: str) -> bytes:
+        more_json = pa.array(["{}", more], pa.json_())
+        table = pa.table({"messages": pa.array([json.dumps(chat)] * 2, pa.json_()), "more": more_json})
+        pq.write_table(table, file := io.BytesIO())
+        return file.getvalue()
+
+    assert converted(content("[1]"), "p.parquet")[1] == [
+        {"messages": chat, "more": {}},
+        {"messages": chat, "more": [1]},
+    ]
+    [(loc, msg)] = refusal(content(junk), "p.parquet")
+    assert loc == ("file", 2)
+    assert "in a column of JSON that is not JSON" in msg
+
+
 def test_parquet_null_prompt_columns_do_not_count_as_given():
     rows = [{"prompt": "a", "input_ids": None}, {"prompt": None, "input_ids": [1]}]
     assert converted(parquet(rows), "p.parquet")[1] == [{"prompt": "a"}, {"input_ids": [1]}]
@@ -213,8 +231,8 @@ def test_the_first_bad_lines_are_named_and_no_more():
     ("content", "filename", "words"),
     [
         (b"", "p.jsonl", ["empty file", "0 bytes"]),
-        (b"\n \n", "p.jsonl", ["without rows"]),
-        (b"prompt\n", "p.csv", ["without rows"]),
+        (b"\n \n", "p.jsonl", ["no rows given"]),
+        (b"prompt\n", "p.csv", ["no rows given"]),
         ('{"prompt": "a"}'.encode("utf-16"), "p.jsonl", ["UTF-16", "save it as UTF-8"]),
         (b"\x1f\x8b\x08\x00", "p.jsonl", ["gzip", "unpack"]),
         (parquet(ROWS), "p.jsonl", ["a Parquet file", "name it .parquet"]),
