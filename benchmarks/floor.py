@@ -36,6 +36,6 @@ def operations(size: Size, method: str, text_tokens: float, epochs: int) -> floa
     policy, trunk = size.trunk_weights + size.head_weights, size.trunk_weights
     critic = 0 if method == "lora-head" else trunk
     rollout, reward = 2 * policy, 2 * trunk
-    scoring = 2 * policy + 2 * policy + 2 * critic  # policy, reference, critic
+    scoring = 2 * policy + 2 * critic  # reference, critic; the policy has computed its own in the rollout
     trained = (6 if method == "full" else 4) * policy + 6 * critic
     return text_tokens * (rollout + reward + scoring + epochs * trained)

@@ -10,6 +10,7 @@ This module knows no PPO.
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -207,7 +208,8 @@ class Parallel:
             yield
         except kinds as error:
             failure = error
-        first = next((error for error in self.gather(failure) if error is not None), None)
+        told = None if failure is None else _portable(failure)
+        first = next((error for error in self.gather(told) if error is not None), None)
         if first is not None:
             raise failure or first
 
@@ -343,3 +345,12 @@ def _shards(optimizer: Any, groups: Collection[int]) -> list[Tensor]:
 
 def _is_finite(value: float) -> bool:
     return value == value and value not in (float("inf"), float("-inf"))
+
+
+def _portable(error: Exception) -> Exception:
+    """The error, or where it cannot be sent to another process and made again there, what it says."""
+    try:
+        made_again: Exception = pickle.loads(pickle.dumps(error))
+    except Exception:  # somebody else's class: how it may fail here is its own affair
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return made_again

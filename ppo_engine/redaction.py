@@ -9,11 +9,11 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
-from urllib.parse import quote
+from urllib.parse import quote, quote_plus, urlsplit
 
 from ppo_engine.reward_kinds import SECRET_PREFIX
 
-_CREDENTIALS = re.compile(r"\w+_(API_KEY|TOKEN|PASSWORD)")
+_CREDENTIALS = re.compile(r"\w+_(API_KEY|ACCESS_KEY|TOKEN|PASSWORD|SECRET|CONNECTION_STRING)")
 """Of variables that are no secrets of a spec, but of the trackers and hubs of an operator."""
 _SHORTEST_PART = 8
 """Characters of a credential, or of one line of a secret, that is looked for: less may be any word."""
@@ -40,6 +40,16 @@ def _secrets(environment: Mapping[str, str]) -> Iterator[tuple[str, str]]:
             yield variable.removeprefix(SECRET_PREFIX), value
         elif _CREDENTIALS.fullmatch(variable) and len(value) >= _SHORTEST_PART:
             yield variable, value
+        elif (password := _password(value)) and len(password) >= _SHORTEST_PART:
+            yield variable, password
+
+
+def _password(value: str) -> str | None:
+    """That of an address; None: it is none, or has none."""
+    try:
+        return urlsplit(value).password if "://" in value else None
+    except ValueError:
+        return None
 
 
 def _spellings(value: str) -> Iterator[str]:
@@ -50,3 +60,5 @@ def _spellings(value: str) -> Iterator[str]:
         yield repr(part)[1:-1]
         yield json.dumps(part)[1:-1]
         yield quote(part, safe="", errors="surrogateescape")
+        yield quote(part, errors="surrogateescape")
+        yield quote_plus(part, errors="surrogateescape")

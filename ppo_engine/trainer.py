@@ -270,8 +270,9 @@ class PPOTrainer(SavingTrainer):
 
     def _prepare(self) -> None:
         """Hand the trained module to the processes; nothing is added to it afterwards."""
-        in_fp32 = self.accelerator.mixed_precision == "no"
-        self.samples_as_it_trains = in_fp32 and samples_as_it_trains(self.model)
+        in_fp32 = self.accelerator.mixed_precision == "no" and not self.args.tf32
+        # Of all processes, or some would make a forward that others wait for.
+        self.samples_as_it_trains = not self.parallel.any(not (in_fp32 and samples_as_it_trains(self.model)))
         self._make_optimizer()
         self.model_wrapped, self.optimizer = self.parallel.prepare(self.model, self.optimizer)
         if self.is_deepspeed_enabled:

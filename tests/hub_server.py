@@ -28,10 +28,14 @@ class Refusal(Exception):
 
 @dataclass
 class LocalHub:
-    """What the hub has, and what it was asked for. away: so many requests it answers that it is not there."""
+    """What the hub has, and what it was asked for. away: so many requests it answers that it is not there.
+
+    patience: after so many requests, all others are too many for it; None: none are.
+    """
 
     url: str = ""
     away: int = 0
+    patience: int | None = None
     commits: dict[str, dict[str, Files]] = field(default_factory=dict)
     heads: dict[str, str] = field(default_factory=dict)
     closed: set[str] = field(default_factory=set)
@@ -78,6 +82,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, body: bytes) -> None:
         self.hub.asked.append(f"{self.command} {self.path}")
         try:
+            if self.hub.patience is not None and len(self.hub.asked) > self.hub.patience:
+                raise Refusal(HTTPStatus.TOO_MANY_REQUESTS, "TooMany")
             if self.hub.away > 0:
                 self.hub.away -= 1
                 raise Refusal(HTTPStatus.SERVICE_UNAVAILABLE, "Away")

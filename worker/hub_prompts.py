@@ -16,11 +16,17 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pyarrow as pa
 from datasets import get_dataset_config_names, load_dataset_builder
 from datasets.exceptions import DatasetsError
 from huggingface_hub import HfApi, constants
-from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 from ppo_engine.issues import Issue, SpecError, shown
 from ppo_engine.model_sources import HubData
@@ -58,13 +64,28 @@ def main(answer: Path, target: Path, max_bytes: int, source: HubData) -> int:
     except Exception as error:
         # Whatever the hub, the network, or the disk raises, it is why the data set cannot be had.
         reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-        if isinstance(error, (*NEVER, *UNREADABLE, SCRIPT)) or constants.HF_HUB_OFFLINE:
+        is_final = isinstance(error, (*NEVER, *UNREADABLE, SCRIPT)) and not _may_pass(error)
+        if is_final or constants.HF_HUB_OFFLINE:
             return _refuse(answer, [Issue(loc=(), msg=f"{source} given, which cannot be read: {reason}")])
         sys.stderr.write(f"{source}: {reason}\n")
         answer.write_text(reason)
         return LATER
     answer.write_text(_success(commit, written))
     return 0
+
+
+def _may_pass(error: BaseException | None) -> bool:
+    """Whether behind an error stands a hub that is away, or has had enough of requests for now.
+
+    `LocalEntryNotFoundError` is a file that is not here and could not be asked for.
+    """
+    while error is not None:
+        if isinstance(error, LocalEntryNotFoundError | httpx.TransportError):
+            return True
+        if isinstance(error, HfHubHTTPError) and error.response.status_code in (429, *range(500, 600)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def find_commit(source: HubData) -> str:

@@ -75,16 +75,23 @@ class Collector:
         """
         mine = self._mine(len(prompts))
 
-        def turn(ids: Sequence[Sequence[int]], uniforms_BR: NDArray[np.float64]) -> list[Response]:
-            return self._turn(model, ids, uniforms_BR, temperature, batch_rows, in_step, value_head)
+        def turn(
+            ids: Sequence[Sequence[int]],
+            uniforms_BR: NDArray[np.float64],
+            limits: Sequence[int] | None = None,
+        ) -> list[Response]:
+            return self._turn(model, ids, uniforms_BR, limits, temperature, batch_rows, in_step, value_head)
 
         def uniforms(rows: Sequence[int]) -> NDArray[np.float64]:
             return row_uniforms(self.ppo.seed, update, rows, self.ppo.response_length, purpose)
 
-        if self.environment is not None:
-            own = self._in_turns(
-                self.environment, turn, [prompts[row] for row in mine], uniforms(mine), prompts[0]
-            )
+        if (environment := self.environment) is not None:
+
+            def ask(batch: RewardBatch) -> list[list[int] | None]:
+                vocab_size = model.config.get_text_config().vocab_size
+                return answers(environment, batch, self.tokenizer, vocab_size)
+
+            own = self._in_turns(ask, turn, [prompts[row] for row in mine], uniforms(mine), prompts[0])
             made = [row for part in self.parallel.gather(own) for row in part]
             return self._rollout(prompts, made, written=[row.written for row in made])
         # As many rows as any other process, so as many forwards: the first row stands in, and is left out.
@@ -106,12 +113,13 @@ class Collector:
         model: Any,
         prompt_ids: Sequence[Sequence[int]],
         uniforms_BR: NDArray[np.float64],
+        limits: Sequence[int] | None,
         temperature: float,
         batch_rows: int,
         in_step: bool,
         value_head: nn.Module | None,
     ) -> list[Response]:
-        """This process's rows, each to its stop token or to the last of its numbers."""
+        """This process's rows, each to its stop token, to its limit, or to the last of its numbers."""
         longest = max(map(len, prompt_ids)) + uniforms_BR.shape[1]
 
         def attempt(batch_rows: int) -> list[Response] | FloatingPointError:
@@ -126,6 +134,7 @@ class Collector:
                     device=self.parallel.device,
                     any_running=self.parallel.any if in_step else None,
                     value_head=value_head,
+                    limits=limits,
                 )
             except FloatingPointError as error:
                 return error  # raised below: first all tell each other whether memory was enough
@@ -142,8 +151,8 @@ class Collector:
 
     def _in_turns(
         self,
-        environment: Environment,
-        turn: Callable[[Sequence[Sequence[int]], NDArray[np.float64]], list[Response]],
+        ask: Callable[[RewardBatch], list[list[int] | None]],
+        turn: Callable[[Sequence[Sequence[int]], NDArray[np.float64], Sequence[int]], list[Response]],
         prompts: Sequence[Prompt],
         uniforms_BR: NDArray[np.float64],
         stand_in: Prompt,
@@ -157,9 +166,8 @@ class Collector:
         rows = [Row(prompt.ids) for prompt in prompts]
         while True:
             going_on = [index for index, row in enumerate(rows) if not row.is_over]
-            count, longest = self._greatest(
-                len(going_on), *(room - len(rows[index].ids) for index in going_on)
-            )
+            limits = [room - len(rows[index].ids) for index in going_on]
+            count, longest = self._greatest(len(going_on), *limits)
             if count == 0:
                 return rows
             ids = [rows[index].prompt_ids + rows[index].ids for index in going_on]
@@ -167,15 +175,15 @@ class Collector:
             for place, index in enumerate(going_on):
                 left = uniforms_BR[index, len(rows[index].ids) :][:longest]
                 numbers[place, : len(left)] = left
-            responses = turn(ids + [stand_in.ids] * (count - len(ids)), numbers)
+            spare = count - len(ids)
+            responses = turn(ids + [stand_in.ids] * spare, numbers, limits + [1] * spare)
             for index, response in zip(going_on, responses[: len(going_on)], strict=True):
                 rows[index].write(response, room)
             asking = [index for index in going_on if not rows[index].is_over]
             batch = self._so_far([prompts[index] for index in asking], [rows[index] for index in asking])
-            with self.parallel.together(
-                Exception
-            ):  # the user's code: whatever it raises, no process may wait
-                given = answers(environment, batch, self.tokenizer) if asking else []
+            # It is the user's code: whatever it raises on one process, the others may not wait for that one.
+            with self.parallel.together(Exception):
+                given = ask(batch) if asking else []
             for index, answer in zip(asking, given, strict=True):
                 rows[index].read(answer, room)
 
@@ -235,9 +243,11 @@ class Collector:
             columns=[rollout.columns[row] for row in mine],
             prompt_ids=[rollout.prompt_ids[row] for row in mine],
         )
-        with self.parallel.together(RewardError, OutOfMemory):
-            scores = self.scorer(batch)
-        self.room.agree("reward")
+        try:
+            with self.parallel.together(RewardError, OutOfMemory):
+                scores = self.scorer(batch)
+        finally:  # what was found out is told, even where the rewards then failed: on all processes
+            self.room.agree("reward")
         return _joined(self.parallel.gather(scores), rollout)
 
     def _per_process(self, rows: int) -> int:

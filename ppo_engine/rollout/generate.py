@@ -49,19 +49,21 @@ def generate(
     device: torch.device,
     any_running: Callable[[bool], bool] | None = None,
     value_head: nn.Module | None = None,
+    limits: Sequence[int] | None = None,
 ) -> list[Response]:
     """One response per prompt, of at most `uniforms_BR.shape[1]` tokens.
 
     model: a causal language model. uniforms_BR: a number in [0, 1) per row and token; temperature 0 takes
     the most likely token and ignores them. batch_rows: most rows at a time. any_running: where every process
     must take part in every forward (sharded weights), whether any of them still has a row running.
-    value_head: on the model's trunk, from [B, D] to [B].
+    value_head: on the model's trunk, from [B, D] to [B]. limits: most tokens of each response, if fewer.
 
     Raises:
         FloatingPointError: the model's logits are not numbers. It comes after the last forward, so that other
             processes do not wait for forwards of this one.
     """
     by_length = sorted(range(len(prompts)), key=lambda row: (len(prompts[row]), row))
+    most = [uniforms_BR.shape[1]] * len(prompts) if limits is None else limits
     responses: dict[int, Response] = {}
     failures: list[FloatingPointError] = []
     for start in range(0, len(by_length), batch_rows):
@@ -70,6 +72,7 @@ def generate(
             model,
             value_head,
             [prompts[row] for row in rows],
+            [most[row] for row in rows],
             uniforms_BR[rows],
             temperature,
             stop_token_id,
@@ -91,6 +94,7 @@ class _Batch:
         model: Any,
         value_head: nn.Module | None,
         prompts: Sequence[Sequence[int]],
+        limits: Sequence[int],
         uniforms_BR: NDArray[np.float64],
         temperature: float,
         stop_token_id: int | None,
@@ -101,6 +105,10 @@ class _Batch:
         self.uniforms_BR = torch.from_numpy(uniforms_BR).to(device)
         self.inputs_BT, self.mask_BT = _left_padded(prompts, device)
         self.cache = growing_cache(model.config)
+        self.last_position = (
+            getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
+        ) - 1
+        self.limits_B = torch.tensor(limits, device=device)
         self.rows = torch.arange(len(prompts), device=device)
         self.running_B = torch.ones(len(prompts), dtype=torch.bool, device=device)
         self.tokens_BR = torch.zeros(uniforms_BR.shape, dtype=torch.long, device=device)
@@ -127,7 +135,8 @@ class _Batch:
     def _forward(self) -> Tensor:
         """Hidden states [B, D] that predict the next token; rows that have ended compute in vain."""
         width = self.inputs_BT.shape[1]
-        positions_BT = (self.mask_BT.cumsum(-1) - 1).clamp(min=0)[:, -width:]
+        # Rows that have ended may stand past the last position there is.
+        positions_BT = (self.mask_BT.cumsum(-1) - 1).clamp(min=0, max=self.last_position)[:, -width:]
         output = self.trunk(
             input_ids=self.inputs_BT,
             attention_mask=self.mask_BT,
@@ -155,6 +164,7 @@ class _Batch:
             stopped_B = self.running_B & (tokens_B == self.stop_token_id)
             self.finished_B[self.rows[stopped_B]] = True
             self.running_B = self.running_B & ~stopped_B
+        self.running_B = self.running_B & (self.limits_B[self.rows] > step + 1)
         self.inputs_BT = tokens_B[:, None]
         self.mask_BT = torch.cat([self.mask_BT, torch.ones_like(self.inputs_BT)], dim=1)
 

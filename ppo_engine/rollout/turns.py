@@ -57,8 +57,10 @@ class Row:
         self.written += [written] * len(ids)
 
 
-def answers(environment: Environment, batch: RewardBatch, tokenizer: Any) -> list[list[int] | None]:
-    """What the environment answers, as ids.
+def answers(
+    environment: Environment, batch: RewardBatch, tokenizer: Any, vocab_size: int
+) -> list[list[int] | None]:
+    """What the environment answers, as ids below the policy's `vocab_size`.
 
     Raises:
         ValueError: as many answers as rows were asked for, each text, ids, or None.
@@ -68,17 +70,16 @@ def answers(environment: Environment, batch: RewardBatch, tokenizer: Any) -> lis
         raise ValueError(
             f"environment returned {len(given)} answers to {len(batch)} rows; return one for each."
         )
-    return [_ids(answer, tokenizer) for answer in given]
+    return [_ids(answer, tokenizer, vocab_size) for answer in given]
 
 
-def _ids(answer: str | Sequence[int] | None, tokenizer: Any) -> list[int] | None:
+def _ids(answer: str | Sequence[int] | None, tokenizer: Any, vocab_size: int) -> list[int] | None:
     if answer is None:
         return None
-    if isinstance(answer, str):
-        return list(tokenizer(answer, add_special_tokens=False)["input_ids"])
-    ids, vocabulary = list(answer), len(tokenizer)
-    if not all(isinstance(token, int) and 0 <= token < vocabulary for token in ids):
+    is_text = isinstance(answer, str)
+    ids = list(tokenizer(answer, add_special_tokens=False)["input_ids"] if is_text else answer)
+    if not all(isinstance(token, int) and 0 <= token < vocab_size for token in ids):
         raise ValueError(
-            f"environment returned {ids[:8]} ...; an answer is text, None, or ids from 0 to {vocabulary - 1}."
+            f"environment returned {ids[:8]} ...; an answer is text, None, or ids from 0 to {vocab_size - 1}."
         )
     return ids

@@ -70,7 +70,7 @@ def test_the_floor_counts_the_matrix_products_of_an_update() -> None:
     """One layer: four 16 x 16 and three 16 x 32 matrices; the head 64 x 16. By hand."""
     trunk, policy = 4 * 256 + 3 * 512, 4 * 256 + 3 * 512 + 1024
     assert (SIZE.trunk_weights, SIZE.head_weights) == (trunk, 1024)
-    once = 2 * policy + 2 * trunk + 2 * 2 * policy  # rollout, reward, policy and reference
+    once = 2 * policy + 2 * trunk + 2 * policy  # rollout, reward, reference
     assert floor.operations(SIZE, "lora-head", 10, 4) == 10 * (once + 4 * 4 * policy)
     assert floor.operations(SIZE, "lora", 10, 4) == 10 * (once + 2 * trunk + 4 * (4 * policy + 6 * trunk))
     assert floor.operations(SIZE, "full", 10, 4) == 10 * (once + 2 * trunk + 4 * (6 * policy + 6 * trunk))

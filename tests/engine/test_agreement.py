@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ppo_engine.actor_critic import causal_lm, trunk
 from ppo_engine.batch import padded
 from ppo_engine.draws import Purpose
+from ppo_engine.rollout.agreement import samples_as_it_trains
 from ppo_engine.trainer import PPOTrainer
 from tests.engine import tiny
 from tests.engine.training import logged, trainer, value_model
@@ -75,6 +76,14 @@ def test_a_model_whose_cache_computes_something_else_is_scored_by_a_forward(tmp_
     assert sampled(made).logprobs is None
     made.train()
     assert logged(made, "val/ratio") == [pytest.approx(1.0, abs=1e-6)]
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_positions_that_change_with_the_length_are_scored_by_a_forward(tmp_path: Path, kind: str) -> None:
+    made = trainer(tmp_path)
+    assert made.samples_as_it_trains
+    made.model.config.rope_parameters = {"rope_type": kind, "rope_theta": 10000.0}
+    assert not samples_as_it_trains(made.model)
 
 
 def test_in_half_precision_a_forward_scores(tmp_path: Path) -> None:

@@ -7,11 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from ppo_engine.draws import Purpose
 from ppo_engine.issues import SpecError
+from ppo_engine.parallel import _portable
 from ppo_engine.rewards import RewardBatch
-from ppo_engine.rollout.generate import Response
+from ppo_engine.rollout.generate import Response, generate
+from ppo_engine.rollout.sampling import row_uniforms
 from ppo_engine.rollout.turns import Row
 from ppo_engine.trainer import PPOTrainer
 from tests.engine import tiny
@@ -112,6 +116,45 @@ def test_an_answer_that_is_none_is_refused(tmp_path: Path, answers: Any, message
 def test_an_environment_needs_a_stop_token(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match="environment: Given without a stop token"):
         trainer(tmp_path, changes={"stop_token_id": None}, environment=Once())
+
+
+def test_no_row_is_sampled_past_its_own_room() -> None:
+    """A row near the end of the context, beside one that has just begun."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=16, n_positions=32, n_embd=16, n_layer=1, n_head=2, eos_token_id=1)
+    model = GPT2LMHeadModel(config).eval()
+    prompts, limits = [[3] * 30, [5, 6]], [2, 24]
+    uniforms = row_uniforms(0, 1, range(2), 24, Purpose.ROLLOUT)
+
+    def sampled(rows: list[int], limits: list[int]) -> list[list[int]]:
+        responses = generate(
+            model,
+            [prompts[row] for row in rows],
+            uniforms[rows],
+            temperature=1.0,
+            stop_token_id=None,
+            batch_rows=2,
+            device=torch.device("cpu"),
+            limits=limits,
+        )
+        return [response.ids for response in responses]
+
+    together = sampled([0, 1], limits)
+    assert [len(ids) for ids in together] == limits
+    assert together == [*sampled([0], [2]), *sampled([1], [24])]
+
+
+class Awkward(Exception):
+    """As the errors of some clients: it cannot be made again from what it was pickled with."""
+
+    def __init__(self, *, message: str) -> None:
+        super().__init__(message)
+
+
+def test_an_error_that_cannot_be_sent_to_other_processes_is_told_in_words() -> None:
+    told = _portable(Awkward(message="the calculator is broken"))
+    assert repr(told) == "RuntimeError('Awkward: the calculator is broken')"
+    assert repr(_portable(KeyError("plain"))) == "KeyError('plain')"
 
 
 def test_a_response_ends_where_its_room_does() -> None:

@@ -225,6 +225,18 @@ async def test_a_hub_that_is_away_is_told_from_what_it_lacks(
         await fetch(tmp_path, repo="acme/prompts")
 
 
+@pytest.mark.parametrize("patience", [1, 3])
+async def test_a_hub_that_has_had_enough_of_requests_is_asked_another_time(
+    hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, patience: int
+) -> None:
+    """Whatever was asked last: the commit is known already."""
+    hub.push("acme/prompts", {"train.jsonl": jsonl(ROWS)})
+    hub.patience = patience
+    monkeypatch.setattr(worker_hub, "PATIENCE_SECONDS", 0.0)
+    with pytest.raises(HubAway, match="acme/prompts at main cannot be had from the hub: "):
+        await fetch(tmp_path, repo="acme/prompts")
+
+
 # In a job ----------------------------------------------------------------------------------------------
 
 
