@@ -50,6 +50,11 @@ def response_slots(prompt_lengths_B: Tensor, response_lengths_B: Tensor, width: 
     return (position_1T >= first_B1) & (position_1T < first_B1 + response_lengths_B[:, None])
 
 
+def _whole(input_ids_BT: Tensor, attention_mask_BT: Tensor) -> dict[str, Any]:
+    """What a trunk is given to read rows at once, without a cache."""
+    return {"input_ids": input_ids_BT, "attention_mask": attention_mask_BT, "use_cache": False}
+
+
 class ScalarHead(nn.Linear):
     """A linear map from hidden state to one number that starts at zero.
 
@@ -147,7 +152,7 @@ class ActorCritic(nn.Module):
         slots_BT = response_slots(prompt_lengths_B, response_lengths_B, input_ids_BT.shape[1])
         targets_N = input_ids_BT[:, 1:][slots_BT[:, :-1]]
         model = causal_lm(self.policy)
-        inputs = {"input_ids": input_ids_BT, "attention_mask": attention_mask_BT, "use_cache": False}
+        inputs = _whole(input_ids_BT, attention_mask_BT)
         hidden_ND = trunk(model)(**inputs).last_hidden_state[slots_BT]
         chunk = max(1, CHUNK_ELEMENTS // model.config.get_text_config().vocab_size)
         logprobs_N, entropies_N = token_logprobs(
@@ -167,7 +172,7 @@ class ActorCritic(nn.Module):
         """The values [N] alone, by a critic that has a forward of its own."""
         assert self.critic in ("adapter", "model"), "the policy's own forward has the values, or none has"
         slots_BT = response_slots(prompt_lengths_B, response_lengths_B, input_ids_BT.shape[1])
-        inputs = {"input_ids": input_ids_BT, "attention_mask": attention_mask_BT, "use_cache": False}
+        inputs = _whole(input_ids_BT, attention_mask_BT)
         values_N = self._values(None, slots_BT, inputs)
         assert values_N is not None
         return values_N
@@ -181,7 +186,7 @@ class ActorCritic(nn.Module):
     ) -> Tensor:
         """The reward adapter's score [B] of each row, fp32, read at its last token."""
         assert self.reward_adapter is not None, "asked of what has no reward adapter"
-        inputs = {"input_ids": input_ids_BT, "attention_mask": attention_mask_BT, "use_cache": False}
+        inputs = _whole(input_ids_BT, attention_mask_BT)
         with self._switch.computing_with(self.reward_adapter):
             hidden_BTD = trunk(causal_lm(self.policy))(**inputs).last_hidden_state
         last_B = prompt_lengths_B + response_lengths_B - 1

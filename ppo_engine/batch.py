@@ -153,6 +153,11 @@ class MicroBatch:
     prompt_lengths_B: Tensor
     response_lengths_B: Tensor
 
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What a forward is given, in its order."""
+        return self.input_ids_BT, self.attention_mask_BT, self.prompt_lengths_B, self.response_lengths_B
+
 
 def collate(
     prompt_ids: Sequence[Sequence[int]],

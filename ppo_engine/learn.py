@@ -114,8 +114,10 @@ def share_rows(
 
 
 class _PerToken:
-    """Numbers [B, R] of a rollout's response tokens, zero beyond each row's length; each process fills in its
-    rows."""
+    """Numbers [B, R] of a rollout's response tokens, zero beyond each row's length.
+
+    Each process fills in its own rows.
+    """
 
     def __init__(self, rollout: Rollout, parallel: Parallel) -> None:
         self._parallel = parallel
@@ -162,10 +164,7 @@ class Learner:
         """One forward over some rows of a batch; no rows: over a made-up one, to keep step with others."""
         batch = collate(prompt_ids, response_ids, rows, 0, self.parallel.device)
         outputs: TokenOutputs = module(
-            batch.input_ids_BT,
-            batch.attention_mask_BT,
-            batch.prompt_lengths_B,
-            batch.response_lengths_B,
+            *batch.tensors,
             temperature=self.ppo.temperature,
             with_value=with_value,
             critic_only=critic_only,
@@ -221,13 +220,7 @@ class Learner:
 
     def _forward(self, rollout: Rollout, rows: Sequence[int], **asked: bool) -> Tensor:
         batch = collate(rollout.prompt_ids, rollout.response_ids, rows, 0, self.parallel.device)
-        outputs: Tensor = self.module(
-            batch.input_ids_BT,
-            batch.attention_mask_BT,
-            batch.prompt_lengths_B,
-            batch.response_lengths_B,
-            **asked,
-        )
+        outputs: Tensor = self.module(*batch.tensors, **asked)
         return outputs
 
     def _score_all(self, rollout: Rollout, score_rows: Callable[[Sequence[int]], None]) -> None:

@@ -64,14 +64,18 @@ def main(answer: Path, target: Path, max_bytes: int, source: HubData) -> int:
     except Exception as error:
         # Whatever the hub, the network, or the disk raises, it is why the data set cannot be had.
         reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-        is_final = isinstance(error, (*NEVER, *UNREADABLE, SCRIPT)) and not _may_pass(error)
-        if is_final or constants.HF_HUB_OFFLINE:
+        if is_final(error) or constants.HF_HUB_OFFLINE:
             return _refuse(answer, [Issue(loc=(), msg=f"{source} given, which cannot be read: {reason}")])
         sys.stderr.write(f"{source}: {reason}\n")
         answer.write_text(reason)
         return LATER
     answer.write_text(_success(commit, written))
     return 0
+
+
+def is_final(error: BaseException) -> bool:
+    """Whether it says something of the data set, which another time would say as well."""
+    return isinstance(error, (*NEVER, *UNREADABLE, SCRIPT)) and not _may_pass(error)
 
 
 def _may_pass(error: BaseException | None) -> bool:

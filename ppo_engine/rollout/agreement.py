@@ -61,11 +61,4 @@ def _turns_with_length(config: Any) -> bool:
 def _outputs(actor_critic: ActorCritic, prompts: list[list[int]], sampled: list[Response]) -> TokenOutputs:
     device = causal_lm(actor_critic.policy).device
     batch = collate(prompts, [response.ids for response in sampled], range(len(prompts)), 0, device)
-    return actor_critic.token_outputs(
-        batch.input_ids_BT,
-        batch.attention_mask_BT,
-        batch.prompt_lengths_B,
-        batch.response_lengths_B,
-        temperature=1.0,
-        with_value=False,
-    )
+    return actor_critic.token_outputs(*batch.tensors, temperature=1.0, with_value=False)

@@ -63,7 +63,7 @@ def answers(
     """What the environment answers, as ids below the policy's `vocab_size`.
 
     Raises:
-        ValueError: as many answers as rows were asked for, each text, ids, or None.
+        ValueError: there is not one for each row, or one is neither text, nor such ids, nor None.
     """
     given = environment(batch)
     if len(given) != len(batch):

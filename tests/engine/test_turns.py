@@ -119,12 +119,12 @@ def test_an_environment_needs_a_stop_token(tmp_path: Path) -> None:
 
 
 def test_no_row_is_sampled_past_its_own_room() -> None:
-    """A row near the end of the context, beside one that has just begun."""
+    """A row near the end of the context, beside so many that have just begun that it stays in the batch."""
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=16, n_positions=32, n_embd=16, n_layer=1, n_head=2, eos_token_id=1)
     model = GPT2LMHeadModel(config).eval()
-    prompts, limits = [[3] * 30, [5, 6]], [2, 24]
-    uniforms = row_uniforms(0, 1, range(2), 24, Purpose.ROLLOUT)
+    prompts, limits = [[3] * 30, *([5, 6 + row] for row in range(4))], [2, 24, 24, 24, 24]
+    uniforms = row_uniforms(0, 1, range(5), 24, Purpose.ROLLOUT)
 
     def sampled(rows: list[int], limits: list[int]) -> list[list[int]]:
         responses = generate(
@@ -133,15 +133,15 @@ def test_no_row_is_sampled_past_its_own_room() -> None:
             uniforms[rows],
             temperature=1.0,
             stop_token_id=None,
-            batch_rows=2,
+            batch_rows=5,
             device=torch.device("cpu"),
             limits=limits,
         )
         return [response.ids for response in responses]
 
-    together = sampled([0, 1], limits)
+    together = sampled([0, 1, 2, 3, 4], limits)
     assert [len(ids) for ids in together] == limits
-    assert together == [*sampled([0], [2]), *sampled([1], [24])]
+    assert together == [sampled([row], [limits[row]])[0] for row in range(5)]
 
 
 class Awkward(Exception):

@@ -12,9 +12,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from datasets.exceptions import DatasetNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from ppo_engine.issues import SpecError
 from ppo_engine.model_sources import HubData
@@ -28,6 +31,7 @@ from tests.worker.test_engine import REAL
 from worker import hub as worker_hub
 from worker import launch
 from worker.hub import Hub, HubAway
+from worker.hub_prompts import is_final
 
 pytestmark = pytest.mark.anyio
 
@@ -235,6 +239,32 @@ async def test_a_hub_that_has_had_enough_of_requests_is_asked_another_time(
     monkeypatch.setattr(worker_hub, "PATIENCE_SECONDS", 0.0)
     with pytest.raises(HubAway, match="acme/prompts at main cannot be had from the hub: "):
         await fetch(tmp_path, repo="acme/prompts")
+
+
+def caused(error: Exception, cause: Exception) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
+def refused(status: int) -> HfHubHTTPError:
+    return HfHubHTTPError("no", response=httpx.Response(status, request=httpx.Request("GET", "http://hub")))
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (LocalEntryNotFoundError("it could not be asked for"), False),
+        (caused(DatasetNotFoundError("none"), refused(503)), False),
+        (caused(FileNotFoundError("none"), refused(429)), False),
+        (caused(ValueError("no config"), httpx.ConnectError("away")), False),
+        (caused(FileNotFoundError("none"), refused(404)), True),
+        (ValueError("a file that is no table"), True),
+        (OSError("the disk"), False),
+    ],
+    ids=["not asked", "503", "429", "no way", "404", "no table", "disk"],
+)
+def test_what_a_hub_that_is_away_makes_of_a_data_set_is_not_final(error: Exception, expected: bool) -> None:
+    assert is_final(error) is expected
 
 
 # In a job ----------------------------------------------------------------------------------------------
