@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from ppo_engine.adapters import REWARD_HEADS, Switch, parameters_of
 from ppo_engine.logprobs import CHUNK_ELEMENTS, Entropies, output_logits, token_logprobs
+from ppo_engine.packing import Packed, Padded, pack
 
 
 @dataclass(frozen=True)
@@ -48,11 +49,6 @@ def response_slots(prompt_lengths_B: Tensor, response_lengths_B: Tensor, width: 
     position_1T = torch.arange(width, device=prompt_lengths_B.device)[None]
     first_B1 = prompt_lengths_B[:, None] - 1
     return (position_1T >= first_B1) & (position_1T < first_B1 + response_lengths_B[:, None])
-
-
-def _whole(input_ids_BT: Tensor, attention_mask_BT: Tensor) -> dict[str, Any]:
-    """What a trunk is given to read rows at once, without a cache."""
-    return {"input_ids": input_ids_BT, "attention_mask": attention_mask_BT, "use_cache": False}
 
 
 class ScalarHead(nn.Linear):
@@ -98,7 +94,18 @@ class ActorCritic(nn.Module):
         self.value_head = ScalarHead(width) if value_head and value_model is None else None
         self.value_adapter = value_adapter
         self.reward_adapter = reward_adapter
+        self.is_packed = False
         self._switch = Switch(policy)
+
+    def pack(self) -> bool:
+        """Read rows without their padding from now on, if all trunks can; returns whether they do."""
+        models = [causal_lm(self.policy), *([] if self.value_model is None else [self.value_model])]
+        self.is_packed = all(pack(model) for model in models)
+        return self.is_packed
+
+    def unpack(self) -> None:
+        """Read padded rows from now on."""
+        self.is_packed = False
 
     def critic_parameters(self) -> list[nn.Parameter]:
         """What the value alone is made of: its head and adapter, or its model."""
@@ -152,14 +159,14 @@ class ActorCritic(nn.Module):
         slots_BT = response_slots(prompt_lengths_B, response_lengths_B, input_ids_BT.shape[1])
         targets_N = input_ids_BT[:, 1:][slots_BT[:, :-1]]
         model = causal_lm(self.policy)
-        inputs = _whole(input_ids_BT, attention_mask_BT)
-        hidden_ND = trunk(model)(**inputs).last_hidden_state[slots_BT]
+        rows = self._rows(input_ids_BT, attention_mask_BT)
+        hidden_ND = rows.read(trunk(model), slots_BT)
         chunk = max(1, CHUNK_ELEMENTS // model.config.get_text_config().vocab_size)
         logprobs_N, entropies_N = token_logprobs(
             hidden_ND, targets_N, output_logits(model, temperature), chunk, entropies
         )
         trunk_ND = hidden_ND.detach() if critic_only else hidden_ND
-        values_N = self._values(trunk_ND, slots_BT, inputs) if with_value else None
+        values_N = self._values(trunk_ND, slots_BT, rows) if with_value else None
         return TokenOutputs(logprobs_N, entropies_N, values_N)
 
     def values(
@@ -172,8 +179,7 @@ class ActorCritic(nn.Module):
         """The values [N] alone, by a critic that has a forward of its own."""
         assert self.critic in ("adapter", "model"), "the policy's own forward has the values, or none has"
         slots_BT = response_slots(prompt_lengths_B, response_lengths_B, input_ids_BT.shape[1])
-        inputs = _whole(input_ids_BT, attention_mask_BT)
-        values_N = self._values(None, slots_BT, inputs)
+        values_N = self._values(None, slots_BT, self._rows(input_ids_BT, attention_mask_BT))
         assert values_N is not None
         return values_N
 
@@ -186,24 +192,29 @@ class ActorCritic(nn.Module):
     ) -> Tensor:
         """The reward adapter's score [B] of each row, fp32, read at its last token."""
         assert self.reward_adapter is not None, "asked of what has no reward adapter"
-        inputs = _whole(input_ids_BT, attention_mask_BT)
+        rows = self._rows(input_ids_BT, attention_mask_BT)
+        last_B1 = (prompt_lengths_B + response_lengths_B - 1)[:, None]
+        is_last_BT = torch.arange(input_ids_BT.shape[1], device=last_B1.device) == last_B1
         with self._switch.computing_with(self.reward_adapter):
-            hidden_BTD = trunk(causal_lm(self.policy))(**inputs).last_hidden_state
-        last_B = prompt_lengths_B + response_lengths_B - 1
-        last_BD = hidden_BTD[torch.arange(len(last_B), device=last_B.device), last_B]
+            last_BD = rows.read(trunk(causal_lm(self.policy)), is_last_BT)
         heads: Any = getattr(self.policy, REWARD_HEADS)
         return heads[self.reward_adapter](last_BD)  # type: ignore[no-any-return]
 
-    def _values(self, hidden_ND: Tensor | None, slots_BT: Tensor, inputs: dict[str, Any]) -> Tensor | None:
+    def _rows(self, input_ids_BT: Tensor, attention_mask_BT: Tensor) -> Packed | Padded:
+        if not self.is_packed:
+            return Padded(input_ids_BT, attention_mask_BT)
+        return Packed.of(input_ids_BT, attention_mask_BT.sum(1).tolist())
+
+    def _values(self, hidden_ND: Tensor | None, slots_BT: Tensor, rows: Packed | Padded) -> Tensor | None:
         """hidden_ND: the policy's, for a head on them."""
         if self.value_adapter is not None:
             with self._switch.computing_with(self.value_adapter):
-                hidden_ND = trunk(causal_lm(self.policy))(**inputs).last_hidden_state[slots_BT]
+                hidden_ND = rows.read(trunk(causal_lm(self.policy)), slots_BT)
         if self.value_head is not None:
             return self.value_head(hidden_ND)  # type: ignore[no-any-return]
         if self.value_model is None:
             return None
-        hidden_ND = trunk(self.value_model)(**inputs).last_hidden_state[slots_BT]
+        hidden_ND = rows.read(trunk(self.value_model), slots_BT)
         score: Any = self.value_model.score
         with torch.autocast(hidden_ND.device.type, enabled=False):  # values are not rounded to half precision
             values_N1 = score(hidden_ND.to(score.weight.dtype))

@@ -9,6 +9,7 @@ stands in the text, changes nothing. This module does not know models, losses, o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ from torch import Tensor
 from ppo_engine.draws import Purpose, stream
 
 FORWARD_TOKENS = 64  # a forward and backward more costs about as much as so many tokens of padding
+GROUP_TOKENS = 16  # so does attention of one group of rows more
 
 
 @dataclass(frozen=True)
@@ -206,8 +208,10 @@ def padded(rows: Sequence[Sequence[float]], device: torch.device) -> Tensor:
     return unflatten_tokens(values_N, lengths_B, max(map(len, rows)))
 
 
-def cut(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+def cut(lengths: Sequence[int], max_tokens: float, part_tokens: int = FORWARD_TOKENS) -> list[list[int]]:
     """Bucket rows by length into micro-batches, so that padding and forwards together cost least.
+
+    part_tokens: what a part costs, beside its area.
 
     The padded area of each, rows x longest, is at most `max_tokens`; a row longer than that stands alone.
     Returns indices into `lengths`, longest rows first: what does not fit in memory fails at once. Rows of
@@ -220,7 +224,7 @@ def cut(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     for end in range(1, len(order) + 1):
         areas = (end - np.arange(end)) * longest[:end]
         allowed = np.flatnonzero((areas <= max_tokens) | (np.arange(end) == end - 1))
-        totals = costs[allowed] + areas[allowed] + FORWARD_TOKENS
+        totals = costs[allowed] + areas[allowed] + part_tokens
         best = int(totals.argmin())
         costs[end], starts[end] = totals[best], int(allowed[best])
     micro_batches: list[list[int]] = []
@@ -229,6 +233,30 @@ def cut(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
         micro_batches.append(order[starts[end] : end])
         end = starts[end]
     return micro_batches[::-1]
+
+
+def rectangles(lengths: Sequence[int]) -> list[list[int]]:
+    """Groups of rows of like length, for attention; all else has no padding but within these."""
+    return cut(lengths, math.inf, GROUP_TOKENS)
+
+
+def cut_packed(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """The fewest micro-batches of rows that are read without padding, each of about as many tokens.
+
+    Each has at most `max_tokens`; a row longer than that stands alone. Returns indices into `lengths`,
+    longest rows first. Rows of equal length stay in order.
+    """
+    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    share = sum(lengths) / max(1, -(-sum(lengths) // max_tokens))
+    micro_batches: list[list[int]] = []
+    tokens = math.inf
+    for row in order:
+        if tokens >= share or tokens + lengths[row] > max_tokens:
+            micro_batches.append([])
+            tokens = 0
+        micro_batches[-1].append(row)
+        tokens += lengths[row]
+    return micro_batches
 
 
 def shuffle(seed: int, update: int, epoch: int, n: int) -> list[int]:

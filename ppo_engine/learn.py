@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ppo_engine.actor_critic import TokenOutputs
 from ppo_engine.advantages import kl
-from ppo_engine.batch import Experience, Rollout, collate, cut, shuffle, unflatten_tokens
+from ppo_engine.batch import Experience, Rollout, collate, cut, cut_packed, shuffle, unflatten_tokens
 from ppo_engine.hyperparameters import Hyperparameters
 from ppo_engine.logprobs import Entropies
 from ppo_engine.losses import policy_loss, value_loss
@@ -98,17 +98,20 @@ class UpdateStats:
 
 
 def share_rows(
-    rows: Sequence[int], lengths: Sequence[int], world_size: int, max_tokens: int
+    rows: Sequence[int], lengths: Sequence[int], world_size: int, max_tokens: int, *, is_packed: bool = False
 ) -> list[list[list[int]]]:
     """For each process, its micro-batches: as many for all, an empty one where rows run out.
 
-    lengths: of every row, in tokens. Rows are dealt by length, so that processes get like work.
+    lengths: of every row, in tokens. is_packed: rows are read without padding. Rows are dealt by length, so
+    that processes get like work.
     """
+    into_parts = cut_packed if is_packed else cut
     longest_first = sorted(rows, key=lambda row: (-lengths[row], row))
     shares = []
     for rank in range(world_size):
         mine = longest_first[rank::world_size]
-        shares.append([[mine[i] for i in part] for part in cut([lengths[row] for row in mine], max_tokens)])
+        parts = into_parts([lengths[row] for row in mine], max_tokens)
+        shares.append([[mine[index] for index in part] for part in parts])
     count = max(map(len, shares))
     return [share + [[]] * (count - len(share)) for share in shares]
 
@@ -136,7 +139,10 @@ class _PerToken:
 
 
 class Learner:
-    """The prepared module with its optimizer, and what PPO does with them."""
+    """The prepared module with its optimizer, and what PPO does with them.
+
+    is_packed: the module, and any other that scores, reads rows without their padding.
+    """
 
     def __init__(
         self,
@@ -145,9 +151,11 @@ class Learner:
         optimizer: torch.optim.Optimizer,
         ppo: Hyperparameters,
         room: Room,
+        *,
+        is_packed: bool,
     ) -> None:
         self.parallel, self.module, self.optimizer, self.ppo = parallel, module, optimizer, ppo
-        self.room = room
+        self.room, self.is_packed = room, is_packed
         self.skipped = 0  # steps in a row so far; a checkpoint has it
 
     def token_outputs(
@@ -296,13 +304,14 @@ class Learner:
         return stats
 
     def _shares(self, rows: Sequence[int], lengths: Sequence[int], budget: int) -> list[list[list[int]]]:
-        return share_rows(rows, lengths, self.parallel.world_size, budget)
+        return share_rows(rows, lengths, self.parallel.world_size, budget, is_packed=self.is_packed)
 
     def _cut(self, rows: Sequence[int], lengths: Sequence[int]) -> Callable[[int], Cut]:
         """What a budget of tokens comes to, over all processes."""
 
         def cut_by(budget: int) -> Cut:
-            return Cut.of([part for share in self._shares(rows, lengths, budget) for part in share], lengths)
+            parts = [part for share in self._shares(rows, lengths, budget) for part in share]
+            return Cut.of(parts, lengths, is_packed=self.is_packed)
 
         return cut_by
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ppo_engine.losses import entropy
-
 CHUNK_ELEMENTS = 2**24  # logits held at a time: 64 MiB in fp32
+_LEAST = -200.0  # of a log-probability in fp32: at half of it p is zero already, and with it p log p
+_BLOCK_ELEMENTS = {"cpu": 2**18}  # logits worked on at a time: what a core's cache holds
 
 Entropies = Literal["none", "value", "gradient"]
 """Of a distribution: not asked for, asked for, or asked for with a gradient."""
@@ -61,12 +61,7 @@ def token_logprobs(
     """
 
     def of_chunk(hidden_CD: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor | None]:
-        logprobs_CV = logits(hidden_CD).log_softmax(-1)
-        entropies_C = None
-        if entropies != "none":
-            with torch.set_grad_enabled(entropies == "gradient" and torch.is_grad_enabled()):
-                entropies_C = entropy(logprobs_CV)
-        return logprobs_CV.gather(-1, targets_C[:, None]).squeeze(-1), entropies_C
+        return of_logits(logits(hidden_CD), targets_C, entropies)
 
     if len(hidden_ND) <= chunk:
         return of_chunk(hidden_ND, targets_N)
@@ -76,3 +71,69 @@ def token_logprobs(
     ]
     logprobs_N = torch.cat([logprobs for logprobs, _ in parts])
     return logprobs_N, None if entropies == "none" else torch.cat([entropy for _, entropy in parts])
+
+
+def of_logits(logits_NV: Tensor, targets_N: Tensor, entropies: Entropies) -> tuple[Tensor, Tensor | None]:
+    """Log-probability of each target, and the entropy where it is asked for, in nats; both [N].
+
+    logits_NV: fp32; of -inf, a token is of probability zero. log p = z - log sum e^z; H = -sum p log p.
+    """
+    logprobs_N, entropies_N = _OfLogits.apply(logits_NV, targets_N, entropies)  # type: ignore[no-untyped-call]
+    return logprobs_N, None if entropies == "none" else entropies_N
+
+
+class _OfLogits(torch.autograd.Function):
+    """In blocks of rows that stay in a CPU's cache; nothing as wide as the vocabulary is kept but the logits.
+
+    Gradients, for token i and target t: of log p_t, [i = t] - p_i; of H, -p_i (log p_i + H).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits_NV: Tensor, targets_N: Tensor, entropies: Entropies
+    ) -> tuple[Tensor, Tensor]:
+        normalizer_N1 = logits_NV.new_empty(len(logits_NV), 1)
+        logprobs_N, entropies_N = logits_NV.new_empty(2, len(logits_NV))
+        for block in _blocks(logits_NV):
+            z_CV = logits_NV[block]
+            torch.logsumexp(z_CV, -1, keepdim=True, out=normalizer_N1[block])
+            logprobs_CV = z_CV - normalizer_N1[block]
+            logprobs_N[block] = logprobs_CV.gather(-1, targets_N[block, None]).squeeze(-1)
+            if entropies != "none":
+                entropies_N[block] = _entropy(logprobs_CV)
+        ctx.save_for_backward(logits_NV, targets_N, normalizer_N1, entropies_N)
+        ctx.has_gradient = entropies == "gradient"
+        if not ctx.has_gradient:
+            ctx.mark_non_differentiable(entropies_N)
+        return logprobs_N, entropies_N
+
+    @staticmethod
+    def backward(ctx: Any, of_logprobs_N: Tensor, of_entropies_N: Tensor) -> tuple[Tensor, None, None]:
+        logits_NV, targets_N, normalizer_N1, entropies_N = ctx.saved_tensors
+        gradient_NV = torch.empty_like(logits_NV)
+        for block in _blocks(logits_NV):
+            of_logprobs_C1 = of_logprobs_N[block, None]
+            logprobs_CV = logits_NV[block] - normalizer_N1[block]
+            gradient_CV = torch.exp(logprobs_CV, out=gradient_NV[block])
+            if ctx.has_gradient:
+                surprise_CV = _finite(logprobs_CV).add_(entropies_N[block, None])
+                gradient_CV.mul_(surprise_CV.mul_(of_entropies_N[block, None]).add_(of_logprobs_C1).neg_())
+            else:
+                gradient_CV.mul_(-of_logprobs_C1)
+            gradient_CV.scatter_add_(-1, targets_N[block, None], of_logprobs_C1)
+        return gradient_NV, None, None
+
+
+def _blocks(logits_NV: Tensor) -> list[slice]:
+    rows, vocabulary = logits_NV.shape
+    size = max(1, _BLOCK_ELEMENTS.get(logits_NV.device.type, CHUNK_ELEMENTS) // vocabulary)
+    return [slice(start, start + size) for start in range(0, rows, size)]
+
+
+def _entropy(logprobs_NV: Tensor) -> Tensor:
+    """A token of probability zero adds nothing."""
+    return logprobs_NV.exp().mul_(_finite(logprobs_NV)).sum(-1).neg_()
+
+
+def _finite(logprobs_NV: Tensor) -> Tensor:
+    return logprobs_NV.clamp(min=_LEAST)

@@ -1,8 +1,8 @@
 """LoRA layers that add their change inside the matrix product, instead of in passes over its output.
 
 peft computes W x + s B (A x) with two more passes over the whole output, and a third in the backward pass.
-Here s goes onto A x, which is narrow, and the sum into the product. This module knows peft's plain linear
-layer; any other, and any special use of it, is left to peft.
+Here both go into the product. This module knows peft's plain linear layer; any other, and any special use of
+it, is left to peft.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ class FusedLinear(Linear):  # type: ignore[misc]  # peft is published without ty
             return plain
         rows_NI = x.flatten(0, -2)
         result_NO: Tensor = self.base_layer(rows_NI)
-        narrow_NR = F.linear(rows_NI, self.lora_A[adapter].weight) * self.scaling[adapter]
-        wide_RO = self.lora_B[adapter].weight.t()
+        narrow_NR = F.linear(rows_NI, self.lora_A[adapter].weight)
+        wide_RO, scale = self.lora_B[adapter].weight.t(), self.scaling[adapter]
         if type(self.base_layer) is nn.Linear:  # its backward pass does not need what it gave
-            result_NO.addmm_(narrow_NR, wide_RO)
+            result_NO.addmm_(narrow_NR, wide_RO, alpha=scale)
         else:
-            result_NO = torch.addmm(result_NO, narrow_NR, wide_RO)
+            result_NO = torch.addmm(result_NO, narrow_NR, wide_RO, alpha=scale)
         return result_NO.view(*x.shape[:-1], -1)
 
     def _only_adapter(self, x: Tensor) -> str | None:

@@ -92,13 +92,3 @@ def token_weights(mask_BR: Tensor, aggregation: Literal["token_mean", "sequence_
     if aggregation == "sequence_mean":
         weights_BR = weights_BR / weights_BR.sum(-1, keepdim=True).clamp(min=1)
     return weights_BR
-
-
-def entropy(logprobs_NV: Tensor) -> Tensor:
-    """-sum of p log p over the vocabulary [N], in nats; a token of probability zero adds nothing."""
-    finite_NV = logprobs_NV.clamp(min=torch.finfo(logprobs_NV.dtype).min)
-    with torch.autocast(
-        logprobs_NV.device.type, enabled=False
-    ):  # it would take the product in half precision
-        entropies_N: Tensor = -torch.linalg.vecdot(logprobs_NV.exp(), finite_NV)
-    return entropies_N

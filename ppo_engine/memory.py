@@ -48,17 +48,20 @@ class Processes(Protocol):
 class Cut:
     """How the rows of some work are cut when they may take so much at a time.
 
-    rows, tokens: of the largest forward, padding included.
+    rows, tokens: of the largest forward, padding included where rows are padded.
     """
 
     rows: int
     tokens: int
 
     @classmethod
-    def of(cls, micro_batches: Iterable[Sequence[int]], lengths: Sequence[int]) -> Cut:
-        """Of the forwards of these rows. lengths: of every row, in tokens."""
-        taken = [rows for rows in micro_batches if rows]
-        return cls(max(map(len, taken)), max(len(rows) * max(lengths[row] for row in rows) for rows in taken))
+    def of(
+        cls, micro_batches: Iterable[Sequence[int]], lengths: Sequence[int], *, is_packed: bool = False
+    ) -> Cut:
+        """Of the forwards of these rows. lengths: of every row, in tokens. is_packed: none is padded."""
+        taken = [[lengths[row] for row in rows] for rows in micro_batches if rows]
+        areas = [sum(rows) if is_packed else len(rows) * max(rows) for rows in taken]
+        return cls(max(map(len, taken)), max(areas))
 
 
 class OutOfMemory(RuntimeError):

@@ -22,7 +22,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 _T = TypeVar("_T")
-_EFFICIENT_TOKENS = {"cpu": 1024}
+_EFFICIENT_TOKENS = {"cpu": 1280}
 """Of a forward and backward: with more of them, activations leave the cache, and nothing is gained."""
 _ZERO = "zero"  # what DeepSpeed's part of a checkpoint is called
 _BUCKET_BYTES = (

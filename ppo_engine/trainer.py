@@ -32,6 +32,7 @@ from ppo_engine.advantages import RunningMoments, adapted_kl_coef
 from ppo_engine.advantages import masked_mean as masked_mean  # where TRL's scripts look for them
 from ppo_engine.advantages import masked_var as masked_var
 from ppo_engine.advantages import masked_whiten as masked_whiten
+from ppo_engine.allocator import keep_freed_memory
 from ppo_engine.arguments import (
     check_critic,
     evaluation_sets,
@@ -171,6 +172,8 @@ class PPOTrainer(SavingTrainer):
         self.latest: dict[str, JsonValue] = {}  # metrics of the update just done, and of its evaluation
         self.score_moments = RunningMoments()
         self.parallel = Parallel(self.accelerator, self.ppo.max_grad_norm)
+        if self.parallel.device.type == "cpu":
+            keep_freed_memory()
         self.room = Room(self.parallel, partial(self.warn, "out_of_memory"))
         # 5. The prompts.
         read_train = self._read_prompts(train_dataset, "train_dataset", data_collator)
@@ -270,6 +273,8 @@ class PPOTrainer(SavingTrainer):
 
     def _prepare(self) -> None:
         """Hand the trained module to the processes; nothing is added to it afterwards."""
+        reference = None if self.ref_model is None else ActorCritic(self.ref_model, None, value_head=False)
+        self._pack([self.model] if reference is None else [self.model, reference])
         in_fp32 = self.accelerator.mixed_precision == "no" and not self.args.tf32
         # Of all processes, or some would make a forward that others wait for.
         self.samples_as_it_trains = not self.parallel.any(not (in_fp32 and samples_as_it_trains(self.model)))
@@ -279,10 +284,23 @@ class PPOTrainer(SavingTrainer):
             self.deepspeed = self.model_wrapped
         set_modes(self.model)
         self.reference: nn.Module | None = None
-        if self.ref_model is not None:
-            reference = ActorCritic(self.ref_model, None, value_head=False).requires_grad_(False).eval()
+        if reference is not None:
+            reference.requires_grad_(False).eval()
             self.reference = self.parallel.prepare_frozen(reference, self.model_wrapped)
-        self.learner = Learner(self.parallel, self.model_wrapped, self.optimizer, self.ppo, self.room)
+        self.learner = Learner(
+            self.parallel,
+            self.model_wrapped,
+            self.optimizer,
+            self.ppo,
+            self.room,
+            is_packed=self.model.is_packed,
+        )
+
+    def _pack(self, scoring: Sequence[ActorCritic]) -> None:
+        """Have all that score read rows without their padding, or, where one cannot on any process, none."""
+        if self.parallel.any(not all(module.pack() for module in scoring)):
+            for module in scoring:
+                module.unpack()
 
     def _make_optimizer(self) -> None:
         """The optimizer and its schedule, the critic apart in both where it has a rate of its own."""

@@ -22,7 +22,7 @@ def scarce(made: PPOTrainer, rows: int, *, where: str) -> Iterator[None]:
     """
 
     def too_much(module: nn.Module, arguments: Any, keywords: dict[str, Any], output: Any) -> None:
-        if len(keywords["attention_mask"]) <= rows:
+        if rows_read(keywords) <= rows:
             return
         kind = "rollout" if keywords.get("use_cache") else "forward" if torch.is_grad_enabled() else "scoring"
         if kind == where:
@@ -34,6 +34,13 @@ def scarce(made: PPOTrainer, rows: int, *, where: str) -> Iterator[None]:
     hook = trunk.register_forward_hook(too_much, with_kwargs=True)
     yield
     hook.remove()
+
+
+def rows_read(keywords: dict[str, Any]) -> int:
+    """By a trunk that was called with these."""
+    if (groups := keywords.get("groups")) is not None:
+        return sum(rows for rows, _ in groups)
+    return len(keywords["attention_mask"])
 
 
 @contextmanager

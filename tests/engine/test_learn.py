@@ -13,14 +13,14 @@ from tests.engine.training import trainer
 
 
 def trained(tmp_path: Path, efficient_tokens: int | None) -> tuple[list[tuple[int, int]], list[Tensor]]:
-    """Rows and width of every forward of the actor-critic, and the weights after three updates."""
+    """Rows and tokens of every forward of the actor-critic, and the weights after three updates."""
     made = trainer(tmp_path)
     made.parallel.efficient_tokens = efficient_tokens
     shapes: list[tuple[int, int]] = []
 
     def note(module: Any, args: tuple[Tensor, ...]) -> None:
-        rows, width = args[0].shape
-        shapes.append((rows, width))
+        mask_BT = args[1]
+        shapes.append((len(mask_BT), int(mask_BT.sum())))
 
     made.model.register_forward_pre_hook(note)
     made.train()
@@ -31,8 +31,8 @@ def test_a_forward_holds_no_more_than_the_device_does_well_with(tmp_path: Path) 
     bounded, weights = trained(tmp_path / "bounded", 25)
     free, expected = trained(tmp_path / "free", None)
 
-    assert all(rows == 1 or rows * width <= 25 for rows, width in bounded)
-    assert any(rows * width > 25 and rows > 1 for rows, width in free)
+    assert all(rows == 1 or tokens <= 25 for rows, tokens in bounded)
+    assert any(rows > 1 and tokens > 25 for rows, tokens in free)
     assert sum(rows for rows, _ in bounded) == sum(rows for rows, _ in free)
     for own, other in zip(weights, expected, strict=True):
         torch.testing.assert_close(own, other, rtol=1e-3, atol=1e-5)

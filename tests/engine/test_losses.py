@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ppo_engine.batch import response_mask
-from ppo_engine.losses import entropy, policy_loss, token_weights, value_loss
+from ppo_engine.losses import policy_loss, token_weights, value_loss
 
 
 def tensor(*values: float) -> Tensor:
@@ -139,30 +139,6 @@ def test_the_order_of_tokens_changes_no_gradient(case: tuple[Tensor, list[int]])
     torch.testing.assert_close(gradients(numbers.flip(1), sizes), gradients(numbers, sizes))
 
 
-def test_entropy() -> None:
-    logprobs = torch.tensor([[0.25] * 4, [0.5, 0.5, 0, 0], [1, 0, 0, 0]], dtype=torch.float64).log()
-    torch.testing.assert_close(entropy(logprobs), tensor(math.log(4), math.log(2), 0))
-
-
-@given(st.integers(0, 2**31), st.integers(1, 4), st.integers(2, 9), st.integers(0, 3))
-def test_the_gradient_of_entropy_is_exact_and_finite_where_a_token_is_impossible(
-    seed: int, rows: int, vocabulary: int, impossible: int
-) -> None:
-    """Against -sum of p log p in double, of the possible tokens alone."""
-    generator = torch.Generator().manual_seed(seed)
-    logits = torch.randn(rows, vocabulary, generator=generator, dtype=torch.float64) * 3
-    possible = torch.arange(vocabulary) >= min(impossible, vocabulary - 1)
-    asked = torch.where(possible, logits, -math.inf).float().requires_grad_()
-    entropy(asked.log_softmax(-1)).sum().backward()
-    plain = logits.float().double().requires_grad_()
-    logprobs = plain[:, possible].log_softmax(-1)
-    (-(logprobs.exp() * logprobs)).sum().backward()
-
-    assert asked.grad is not None
-    assert plain.grad is not None
-    torch.testing.assert_close(asked.grad.double(), plain.grad, rtol=1e-4, atol=1e-6)
-
-
 # Aggregation ---------------------------------------------------------------------------------------------
 
 
@@ -200,16 +176,3 @@ def test_a_ratio_beyond_all_bounds_has_a_gradient_that_is_a_number(
     assert logprobs.grad.isfinite().all()
     assert told.loss.isfinite().all()
     assert told.approxkl.tolist() == [5000.0, 5000.0]
-
-
-def test_entropy_is_fp32_under_autocast_and_a_number_where_a_token_is_impossible() -> None:
-    logprobs = torch.tensor([[0.6, 0.3, 0.1, 0.0]]).log().requires_grad_()
-    with torch.autocast("cpu", torch.bfloat16):
-        entropies = entropy(logprobs)
-    entropies.sum().backward()
-
-    expected = -sum(p * math.log(p) for p in (0.6, 0.3, 0.1))
-    assert entropies.dtype == torch.float32
-    assert entropies.item() == pytest.approx(expected, rel=1e-6)
-    assert logprobs.grad is not None
-    assert logprobs.grad.isfinite().all()
