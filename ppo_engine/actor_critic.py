@@ -104,7 +104,7 @@ class ActorCritic(nn.Module):
         return self.is_packed
 
     def unpack(self) -> None:
-        """Read padded rows from now on."""
+        """Read padded rows from now on; without groups, attention is PyTorch's own."""
         self.is_packed = False
 
     def critic_parameters(self) -> list[nn.Parameter]:

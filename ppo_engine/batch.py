@@ -241,10 +241,10 @@ def rectangles(lengths: Sequence[int]) -> list[list[int]]:
 
 
 def cut_packed(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """The fewest micro-batches of rows that are read without padding, each of about as many tokens.
+    """Few micro-batches of rows that are read without padding, each of about as many tokens.
 
-    Each has at most `max_tokens`; a row longer than that stands alone. Returns indices into `lengths`,
-    longest rows first. Rows of equal length stay in order.
+    Each has at most `max_tokens` of text (the padding within groups comes on top of it); a row longer than
+    that stands alone. Returns indices into `lengths`, longest rows first. Rows of equal length stay in order.
     """
     order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
     share = sum(lengths) / max(1, -(-sum(lengths) // max_tokens))

@@ -12,10 +12,11 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 CHUNK_ELEMENTS = 2**24  # logits held at a time: 64 MiB in fp32
-_LEAST = -200.0  # of a log-probability in fp32: at half of it p is zero already, and with it p log p
+_LEAST = -200.0  # of a log-probability: at it p is zero in fp32, and with it p log p
 _BLOCK_ELEMENTS = {"cpu": 2**18}  # logits worked on at a time: what a core's cache holds
 
 Entropies = Literal["none", "value", "gradient"]
@@ -92,28 +93,26 @@ class _OfLogits(torch.autograd.Function):
     def forward(
         ctx: Any, logits_NV: Tensor, targets_N: Tensor, entropies: Entropies
     ) -> tuple[Tensor, Tensor]:
-        normalizer_N1 = logits_NV.new_empty(len(logits_NV), 1)
-        logprobs_N, entropies_N = logits_NV.new_empty(2, len(logits_NV))
+        logprobs_N, entropies_N = (logits_NV.new_empty(len(logits_NV)) for _ in range(2))
         for block in _blocks(logits_NV):
-            z_CV = logits_NV[block]
-            torch.logsumexp(z_CV, -1, keepdim=True, out=normalizer_N1[block])
-            logprobs_CV = z_CV - normalizer_N1[block]
+            logprobs_CV = logits_NV[block].log_softmax(-1)
             logprobs_N[block] = logprobs_CV.gather(-1, targets_N[block, None]).squeeze(-1)
             if entropies != "none":
                 entropies_N[block] = _entropy(logprobs_CV)
-        ctx.save_for_backward(logits_NV, targets_N, normalizer_N1, entropies_N)
+        ctx.save_for_backward(logits_NV, targets_N, entropies_N)
         ctx.has_gradient = entropies == "gradient"
         if not ctx.has_gradient:
             ctx.mark_non_differentiable(entropies_N)
         return logprobs_N, entropies_N
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, of_logprobs_N: Tensor, of_entropies_N: Tensor) -> tuple[Tensor, None, None]:
-        logits_NV, targets_N, normalizer_N1, entropies_N = ctx.saved_tensors
+        logits_NV, targets_N, entropies_N = ctx.saved_tensors
         gradient_NV = torch.empty_like(logits_NV)
         for block in _blocks(logits_NV):
             of_logprobs_C1 = of_logprobs_N[block, None]
-            logprobs_CV = logits_NV[block] - normalizer_N1[block]
+            logprobs_CV = logits_NV[block].log_softmax(-1)
             gradient_CV = torch.exp(logprobs_CV, out=gradient_NV[block])
             if ctx.has_gradient:
                 surprise_CV = _finite(logprobs_CV).add_(entropies_N[block, None])

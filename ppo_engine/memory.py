@@ -14,6 +14,8 @@ from typing import Literal, Protocol, TypeAlias, TypeVar, get_args
 
 import torch
 
+from ppo_engine.batch import rectangles
+
 Work = Literal["rollout", "reward", "scoring", "update"]
 Notice: TypeAlias = tuple[str, dict[str, int | str]]
 """A message, and its numbers."""
@@ -48,7 +50,7 @@ class Processes(Protocol):
 class Cut:
     """How the rows of some work are cut when they may take so much at a time.
 
-    rows, tokens: of the largest forward, padding included where rows are padded.
+    rows, tokens: of the largest forward, padding included.
     """
 
     rows: int
@@ -58,9 +60,13 @@ class Cut:
     def of(
         cls, micro_batches: Iterable[Sequence[int]], lengths: Sequence[int], *, is_packed: bool = False
     ) -> Cut:
-        """Of the forwards of these rows. lengths: of every row, in tokens. is_packed: none is padded."""
+        """Of the forwards of these rows. lengths: of every row, in tokens. is_packed: by groups alone."""
         taken = [[lengths[row] for row in rows] for rows in micro_batches if rows]
-        areas = [sum(rows) if is_packed else len(rows) * max(rows) for rows in taken]
+        groups = [rectangles(rows) if is_packed else [list(range(len(rows)))] for rows in taken]
+        areas = [
+            sum(len(group) * max(rows[index] for index in group) for group in parts)
+            for rows, parts in zip(taken, groups, strict=True)
+        ]
         return cls(max(map(len, taken)), max(areas))
 
 

@@ -24,7 +24,7 @@ ATTENTION = "proxima_packed"
 """What transformers calls this attention: PyTorch's own, group by group where there are groups."""
 
 _KINDS = {"full_attention", "sliding_attention"}  # of layers, that `grouped_attention` computes
-_ROWS = ([3, 1, 2], [0, 1, 2, 3, 4], [4, 2, 0], [1])  # what is tried: ids of tokens
+_TRIED = (3, 24, 5, 1)  # tokens of the rows that are tried: of unlike length, so that there are two groups
 _TOLERANCE = 1e-4  # of hidden states in fp32, of their norm; rounding comes to a hundredth of it
 _HALF_TOLERANCE = 3e-2
 
@@ -45,6 +45,7 @@ def grouped_attention(
     """
     if groups is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    _require_known(module, attention_mask, kwargs)
     sizes = [rows * tokens for rows, tokens in groups]
     parts = zip(groups, *(torch.split(states, sizes, dim=2) for states in (query, key, value)), strict=True)
     attended = []
@@ -53,6 +54,17 @@ def grouped_attention(
         mask = _window_mask(shape[1], kwargs.get("sliding_window"), query.device)
         attended.append(sdpa_attention_forward(module, q, k, v, mask, **kwargs)[0].flatten(0, 1))
     return torch.cat(attended)[None], None
+
+
+def _require_known(module: nn.Module, attention_mask: Tensor | None, kwargs: dict[str, Any]) -> None:
+    """Raises NotImplementedError where a layer means more by its mask than is done without it."""
+    has_window = getattr(getattr(module, "config", None), "sliding_window", None) is not None
+    if (
+        attention_mask is None
+        or attention_mask.numel() != 1
+        or (has_window and "sliding_window" not in kwargs)
+    ):
+        raise NotImplementedError(f"{type(module).__name__} has a mask of its own; it reads padded rows.")
 
 
 def _window_mask(tokens: int, window: int | None, device: torch.device) -> Tensor | None:
@@ -132,35 +144,41 @@ class Padded:
 def pack(model: Any) -> bool:
     """Switch a transformers model to `ATTENTION`, if it then reads packed rows as it reads padded ones.
 
-    Returns whether it does; where it does not, nothing has changed. The model is left in evaluation mode.
+    Returns whether it does; where it does not, nothing has changed. The model is left in evaluation mode. A
+    config may belong to several models, and be switched already.
     """
     config = model.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ())
-    if config._attn_implementation != "sdpa" or not model._can_set_attn_implementation() or kinds - _KINDS:
+    kinds, before = set(getattr(config, "layer_types", None) or ()), config._attn_implementation
+    if before not in ("sdpa", ATTENTION) or not model._can_set_attn_implementation() or kinds - _KINDS:
         return False
     model.eval().set_attn_implementation(ATTENTION)
     if reads_packed(model):
         return True
-    model.set_attn_implementation("sdpa")
+    model.set_attn_implementation(before)
     return False
 
 
 def reads_packed(model: Any) -> bool:
     """Try it, on a few tokens: the same as padded, and what a row says does not depend on its neighbours."""
-    trunk, device = getattr(model, model.base_model_prefix), model.device
-    lengths = [len(row) for row in _ROWS]
+    trunk, device, config = (
+        getattr(model, model.base_model_prefix),
+        model.device,
+        model.config.get_text_config(),
+    )
+    context = getattr(config, "max_position_embeddings", None) or max(_TRIED)
+    lengths = [min(length, context) for length in _TRIED]
     width = max(lengths)
-    ids_BT = torch.tensor([[*row, *[0] * (width - len(row))] for row in _ROWS], device=device)
+    ids_BT = torch.arange(len(lengths) * width, device=device).view(-1, width) % min(7, config.vocab_size - 1)
     mask_BT = torch.arange(width, device=device) < torch.tensor(lengths, device=device)[:, None]
     own_BT = mask_BT.clone()
     own_BT[0] = False
     others_BT = ids_BT.clone()
-    others_BT[0] += 1
+    others_BT[0] += 1  # the neighbour, which must not matter
     try:
         packed, beside_others = (Packed.of(ids, lengths).read(trunk, own_BT) for ids in (ids_BT, others_BT))
     except Exception:  # a model that does not know what it is given may fail in any way of its own
         return False
     padded = Padded(ids_BT, mask_BT.long()).read(trunk, own_BT)
     tolerance = _TOLERANCE if padded.dtype == torch.float32 else _HALF_TOLERANCE
-    alike = (packed - padded).float().norm() <= tolerance * padded.float().norm()
-    return bool(alike) and torch.allclose(packed, beside_others, rtol=0.0, atol=1e-6)
+    distances = [(packed - other).float().norm() for other in (padded, beside_others)]
+    return bool(max(distances) <= tolerance * padded.float().norm())

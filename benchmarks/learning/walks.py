@@ -38,7 +38,8 @@ _GAE = {"num_mini_batches": 4, "lam": 1.0, "vf_coef": 1.0, "critic_learning_rate
 _RLOO = {"advantage_estimator": "rloo", "num_return_sequences": 8, "num_mini_batches": 4}
 VARIANTS: dict[str, dict[str, Any]] = {
     "full, gae": {**_GAE, "learning_rate": 2e-4},
-    "full, rloo": {**_RLOO, "learning_rate": 2e-4, "cliprange_high": 0.4, "whiten_advantages": True},
+    # Without the early stop an update now and then throws away a start that it has no samples of.
+    "full, rloo": {**_RLOO, "learning_rate": 3e-4, "cliprange_high": 0.4, "early_stop_kl": 0.03},
     "LoRA, gae": {**_GAE, "learning_rate": 5e-4},
     "LoRA, rloo": {**_RLOO, "learning_rate": 5e-4},
     # trlX's own hyperparameters, with which both trainers are compared.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,8 +24,12 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 from ppo_engine.actor_critic import ActorCritic, trunk
@@ -163,12 +168,16 @@ def with_a_state() -> Any:
         lambda: BloomForCausalLM(BloomConfig(vocab_size=32, hidden_size=16, n_layer=1, n_head=4)),
         lambda: LlamaForCausalLM(LlamaConfig(**GROUPED, attn_implementation="eager")),
         with_a_state,
+        lambda: Qwen2MoeForCausalLM(
+            Qwen2MoeConfig(**{**SHAPE, "num_experts": 2}, use_sliding_window=True, sliding_window=28)
+        ),
     ],
     ids=[
         "rows that are mixed",
         "positions by distance",
         "an attention of its own",
         "layers that carry a state",
+        "a window in the mask alone",
     ],
 )
 def test_a_model_that_cannot_is_left_as_it_is(make: Callable[[], Any]) -> None:
@@ -176,6 +185,23 @@ def test_a_model_that_cannot_is_left_as_it_is(make: Callable[[], Any]) -> None:
     before = model.config._attn_implementation
     assert not pack(model)
     assert model.config._attn_implementation == before
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_experts_pack_though_their_rounding_changes_with_a_rows_neighbours(seed: int) -> None:
+    torch.manual_seed(seed)
+    experts = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+    wide = {"hidden_size": 256, "num_attention_heads": 8, "num_hidden_layers": 4}
+    assert pack(Qwen3MoeForCausalLM(Qwen3MoeConfig(**{**GROUPED, **wide, **experts})))
+
+
+def test_models_with_one_config_pack_alike_and_once_more() -> None:
+    model = MODELS["llama"]()
+    beside = LlamaForCausalLM(model.config)
+    assert [pack(model), pack(model), pack(beside), pack(copy.deepcopy(model))] == [True] * 4
+    beside.model.norm = nn.Sequential(beside.model.norm, Mixing())
+    assert not pack(beside)
+    assert model.config._attn_implementation == ATTENTION  # or the first would read rows as one
 
 
 def test_sampling_and_exports_of_a_packing_model_are_what_they_were(tmp_path: Path) -> None:
