@@ -37,8 +37,8 @@ COMMON: dict[str, Any] = {
 _GAE = {"num_mini_batches": 4, "lam": 1.0, "vf_coef": 1.0, "critic_learning_rate": 1e-3}
 _RLOO = {"advantage_estimator": "rloo", "num_return_sequences": 8, "num_mini_batches": 4}
 VARIANTS: dict[str, dict[str, Any]] = {
-    "full, gae": {**_GAE, "learning_rate": 2e-4},
-    # Without the early stop an update now and then throws away a start that it has no samples of.
+    # Without an early stop an update of all weights now and then throws away a start it has few samples of.
+    "full, gae": {**_GAE, "learning_rate": 2e-4, "early_stop_kl": 0.03},
     "full, rloo": {**_RLOO, "learning_rate": 3e-4, "cliprange_high": 0.4, "early_stop_kl": 0.03},
     "LoRA, gae": {**_GAE, "learning_rate": 5e-4},
     "LoRA, rloo": {**_RLOO, "learning_rate": 5e-4},
