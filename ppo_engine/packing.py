@@ -58,7 +58,7 @@ def grouped_attention(
 
 def _require_known(module: nn.Module, attention_mask: Tensor | None, kwargs: dict[str, Any]) -> None:
     """Raises NotImplementedError where a layer means more by its mask than is done without it."""
-    has_window = getattr(getattr(module, "config", None), "sliding_window", None) is not None
+    has_window = bool(getattr(getattr(module, "config", None), "sliding_window", None))
     if (
         attention_mask is None
         or attention_mask.numel() != 1

@@ -51,6 +51,13 @@ SHAPE: dict[str, Any] = {
     "pad_token_id": 0,
 }
 GROUPED = {**SHAPE, "num_key_value_heads": 2, "head_dim": 4}
+EXPERTS = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16,
+    "num_key_value_heads": 2,
+}
 MODELS: dict[str, Callable[[], Any]] = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**GROUPED)),
     "a window of 4 tokens": lambda: MistralForCausalLM(MistralConfig(**GROUPED, sliding_window=4)),
@@ -169,7 +176,9 @@ def with_a_state() -> Any:
         lambda: LlamaForCausalLM(LlamaConfig(**GROUPED, attn_implementation="eager")),
         with_a_state,
         lambda: Qwen2MoeForCausalLM(
-            Qwen2MoeConfig(**{**SHAPE, "num_experts": 2}, use_sliding_window=True, sliding_window=28)
+            Qwen2MoeConfig(
+                **SHAPE, **EXPERTS, use_sliding_window=True, sliding_window=28, max_window_layers=0
+            )
         ),
     ],
     ids=[
@@ -193,6 +202,12 @@ def test_experts_pack_though_their_rounding_changes_with_a_rows_neighbours(seed:
     experts = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
     wide = {"hidden_size": 256, "num_attention_heads": 8, "num_hidden_layers": 4}
     assert pack(Qwen3MoeForCausalLM(Qwen3MoeConfig(**{**GROUPED, **wide, **experts})))
+
+
+def test_experts_without_a_window_pack() -> None:
+    config = Qwen2MoeConfig(**SHAPE, **EXPERTS)
+    assert not config.sliding_window
+    assert pack(Qwen2MoeForCausalLM(config))
 
 
 def test_models_with_one_config_pack_alike_and_once_more() -> None:
