@@ -1,7 +1,7 @@
 """Memory that a tensor on the CPU has had is kept for the next one.
 
 glibc gives large blocks back to the kernel as they are freed, and gets them anew, page by page, for the next
-tensor: on a CPU a tenth of an update. This module knows nothing of training.
+tensor: page faults that a CPU spends some hundredths of an update on. This module knows nothing of training.
 """
 
 from __future__ import annotations

@@ -211,11 +211,9 @@ def padded(rows: Sequence[Sequence[float]], device: torch.device) -> Tensor:
 def cut(lengths: Sequence[int], max_tokens: float, part_tokens: int = FORWARD_TOKENS) -> list[list[int]]:
     """Bucket rows by length into micro-batches, so that padding and forwards together cost least.
 
-    part_tokens: what a part costs, beside its area.
-
     The padded area of each, rows x longest, is at most `max_tokens`; a row longer than that stands alone.
     Returns indices into `lengths`, longest rows first: what does not fit in memory fails at once. Rows of
-    equal length stay in order.
+    equal length stay in order. part_tokens: what one more costs, beside its area.
     """
     order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
     longest = np.array([lengths[row] for row in order], dtype=np.int64)
@@ -236,8 +234,13 @@ def cut(lengths: Sequence[int], max_tokens: float, part_tokens: int = FORWARD_TO
 
 
 def rectangles(lengths: Sequence[int]) -> list[list[int]]:
-    """Groups of rows of like length, for attention; all else has no padding but within these."""
+    """Groups of rows of like length, the longest first, for attention; all padding is within these."""
     return cut(lengths, math.inf, GROUP_TOKENS)
+
+
+def packed_area(lengths: Sequence[int]) -> int:
+    """Tokens of rows that are read without padding between groups, with the padding within them."""
+    return sum(len(group) * lengths[group[0]] for group in rectangles(lengths))
 
 
 def cut_packed(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:

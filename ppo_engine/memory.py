@@ -14,7 +14,7 @@ from typing import Literal, Protocol, TypeAlias, TypeVar, get_args
 
 import torch
 
-from ppo_engine.batch import rectangles
+from ppo_engine.batch import packed_area
 
 Work = Literal["rollout", "reward", "scoring", "update"]
 Notice: TypeAlias = tuple[str, dict[str, int | str]]
@@ -62,11 +62,7 @@ class Cut:
     ) -> Cut:
         """Of the forwards of these rows. lengths: of every row, in tokens. is_packed: by groups alone."""
         taken = [[lengths[row] for row in rows] for rows in micro_batches if rows]
-        groups = [rectangles(rows) if is_packed else [list(range(len(rows)))] for rows in taken]
-        areas = [
-            sum(len(group) * max(rows[index] for index in group) for group in parts)
-            for rows, parts in zip(taken, groups, strict=True)
-        ]
+        areas = [packed_area(rows) if is_packed else len(rows) * max(rows) for rows in taken]
         return cls(max(map(len, taken)), max(areas))
 
 

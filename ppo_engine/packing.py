@@ -8,6 +8,7 @@ computes the same is tried. This module knows no policy, no losses, and no proce
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from ppo_engine.batch import rectangles
+
+_LOGGER = logging.getLogger(__name__)
 
 ATTENTION = "proxima_packed"
 """What transformers calls this attention: PyTorch's own, group by group where there are groups."""
@@ -123,7 +126,7 @@ class Packed:
         return output.last_hidden_state[0].index_select(0, self.place_BT[wanted_BT])  # type: ignore[no-any-return]
 
     def _given_mask(self) -> Tensor:
-        """A mask with four dimensions is passed on as it is, instead of one being made; no layer reads it."""
+        """With four dimensions: so it is passed on as it is, and none is made. Nothing is read from it."""
         return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.input_ids_1N.device)
 
 
@@ -160,11 +163,8 @@ def pack(model: Any) -> bool:
 
 def reads_packed(model: Any) -> bool:
     """Try it, on a few tokens: the same as padded, and what a row says does not depend on its neighbours."""
-    trunk, device, config = (
-        getattr(model, model.base_model_prefix),
-        model.device,
-        model.config.get_text_config(),
-    )
+    trunk, device = getattr(model, model.base_model_prefix), model.device
+    config = model.config.get_text_config()
     context = getattr(config, "max_position_embeddings", None) or max(_TRIED)
     lengths = [min(length, context) for length in _TRIED]
     width = max(lengths)
@@ -176,7 +176,8 @@ def reads_packed(model: Any) -> bool:
     others_BT[0] += 1  # the neighbour, which must not matter
     try:
         packed, beside_others = (Packed.of(ids, lengths).read(trunk, own_BT) for ids in (ids_BT, others_BT))
-    except Exception:  # a model that does not know what it is given may fail in any way of its own
+    except Exception as error:  # a model that does not know what it is given may fail in any way of its own
+        _LOGGER.info("%s reads padded rows: %s: %s", type(model).__name__, type(error).__name__, error)
         return False
     padded = Padded(ids_BT, mask_BT.long()).read(trunk, own_BT)
     tolerance = _TOLERANCE if padded.dtype == torch.float32 else _HALF_TOLERANCE
